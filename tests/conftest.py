@@ -1,0 +1,23 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cspgan as cs  # noqa: E402
+
+torch.set_num_threads(1)  # tiny networks: a second thread costs more than it brings
+
+
+@pytest.fixture(scope="session")
+def toys():
+    """256 procedural faces of 16 px."""
+    return cs.toy_faces(256, 16, seed=3)
+
+
+@pytest.fixture
+def tiny():
+    """The smallest config that has every part: 16 px, CSPup stem, one block, two steps an epoch."""
+    return cs.BASELINE.but(image_size=16, width=16, z_dim=8, batch_size=16, epochs=1, epoch_images=32)

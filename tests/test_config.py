@@ -1,0 +1,73 @@
+"""Presets, labels, and what happens on a wrong value."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import cspgan as cs
+from cspgan import BASELINE, PRESETS, Config
+
+CHANGES = {  # the issue's five sections, written out independently of the module
+    "baseline": {},
+    "h0_more_epochs": {"epochs": 20},
+    "h1_bn_leaky": {"block_norm": "both", "block_act": "leaky_relu"},
+    "h2_l2_big_batch": {"block_norm": "both", "block_act": "leaky_relu", "batch_size": 256, "weight_decay": 1e-4},
+    "h3_smooth_tanh": {"block_norm": "both", "block_act": "leaky_relu", "label_smoothing": 0.1, "lr_d": 3e-4,
+                       "lr_g": 8e-4, "head": "tanh"},
+}
+
+
+def test_baseline_is_the_assignment():
+    assert BASELINE == Config()
+    expected = {"image_size": 128, "width": 1024, "z_dim": 100, "head": "sigmoid", "block_act": "relu", "block_norm": "none",
+                "loss": "bce", "lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, "beta2": 0.999, "batch_size": 128, "epochs": 5,
+                "weight_decay": 0.0, "label_smoothing": 0.0, "d_every": 1, "generator": "cspup", "stem": "cspup"}
+    assert {key: getattr(BASELINE, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_preset_changes_exactly_what_it_names(name):
+    assert {key: new for key, (_, new) in PRESETS[name].differences(BASELINE).items()} == CHANGES[name]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_preset_trains_two_steps(name, toys, tiny):
+    small = PRESETS[name].but(image_size=16, width=16, z_dim=8, epochs=1, batch_size=PRESETS[name].batch_size // 8,
+                              epoch_images=2 * PRESETS[name].batch_size // 8)
+    run = cs.train(small, toys, progress=False)
+    assert [record["step"] for record in run.history] == [1, 2]
+    assert all(torch.tensor([*record.values()]).isfinite().all() for record in run.history)
+    fresh = cs.Generator(small).state_dict()
+    assert any(not torch.equal(fresh[key], value) for key, value in run.generator.state_dict().items())
+
+
+def test_label_is_the_difference():
+    assert BASELINE.label() == "no change"
+    assert BASELINE.but(lr_d=3e-4, head="tanh").label() == "head=tanh, lr_d=0.0003"
+    assert PRESETS["h3_smooth_tanh"].label(PRESETS["h1_bn_leaky"]) == "head=tanh, label_smoothing=0.1, lr_g=0.0008, lr_d=0.0003"
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BASELINE.seed = 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"lr_gg": 1}, ["lr_gg", "lr_g"]),
+    ({"colour": 1}, ["colour", "image_size"]),
+    ({"image_size": 100}, ["image_size=100", "128"]),
+    ({"head": "softmax"}, ["'softmax'", "'tanh'"]),
+    ({"batch_size": 0}, ["batch_size=0", "at least 2"]),
+    ({"width": 0}, ["width=0"]),
+    ({"lr_g": -1e-4}, ["lr_g=-0.0001"]),
+    ({"lr_g": float("nan")}, ["lr_g=nan"]),
+    ({"label_smoothing": 1.5}, ["label_smoothing=1.5", "below 1"]),
+    ({"d_stages": 9}, ["d_stages=9", "at most 5"]),
+    ({"epoch_images": 5}, ["epoch_images=5", "128"]),
+])
+def test_wrong_values_are_named_with_the_legal_ones(changes, words):
+    with pytest.raises(ValueError) as error:
+        BASELINE.but(**changes)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,125 @@
+"""The committed report is whole and shows no real face; the notebook runs in its smallest profile; README holds."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = ["The answer first", "Setup", "The task", "Data", "The block", "The loop", "The ruler", "Baseline", "Hypothesis 0",
+            "Hypothesis 1", "Hypothesis 2", "Hypothesis 3", "All runs side by side", "Conclusions", "How to reuse"]
+PRESETS = ["baseline", "h0_more_epochs", "h1_bn_leaky", "h2_l2_big_batch", "h3_smooth_tanh"]
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(ROOT / "gan_hw.ipynb", as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(cell):
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def test_sections_in_order(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^## (.*)$", text, flags=re.M)
+    assert [h[: len(s)] for h, s in zip(headings, SECTIONS, strict=True)] == SECTIONS
+
+
+def test_committed_notebook_was_executed_in_order_without_error(notebook):
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+def test_no_real_image_is_committed(notebook):
+    shown = [cell for cell in code_cells(notebook) if "real-images" in tags(cell)]
+    assert shown and not any(cell.outputs for cell in shown)
+    for cell in code_cells(notebook):  # what draws from the data must carry the tag, what is not tagged must not draw
+        draws = re.search(r"(show_images|imshow|savefig|make_grid)\((images|real|other|known)\b", cell.source)
+        assert not draws or "real-images" in tags(cell), cell.source
+    allowed = {"losses.png", "samples.png", "compare.png"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    found = [name for name in tracked if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".zip", ".u8", ".pt"))]
+    assert not [name for name in found if Path(name).name not in allowed]
+
+
+def test_every_hypothesis_shows_losses_samples_and_a_finding(notebook):
+    for name in PRESETS:
+        cells = [cell for cell in code_cells(notebook) if f'"{name}"' in cell.source]
+        assert any(f'experiment("{name}")' in cell.source and pictures(cell) == 1 for cell in cells)
+        assert any(f'samples("{name}")' in cell.source and pictures(cell) == 1 for cell in cells)
+        assert any("Finding." in output.get("data", {}).get("text/markdown", "") for cell in cells for output in cell.outputs)
+
+
+def test_cells_can_be_copied_and_the_page_opens(notebook):
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 26
+    assert (ROOT / "gan_hw.ipynb").stat().st_size < 10e6
+
+
+def test_results_on_file_are_of_the_runs_beside_them():
+    table = json.loads((ROOT / "results/table.json").read_text())
+    assert {record["preset"] for record in table} >= set(PRESETS)
+    for record in table:
+        history = json.loads((ROOT / "results" / record["preset"] / "history.json").read_text())
+        assert history["history"][-1]["images"] == record["images_seen"]
+        assert history["config"]["image_size"] == record["image_size"] and history["config"]["width"] == record["width"]
+        assert all((ROOT / "results" / record["preset"] / name).exists() for name in ("losses.png", "samples.png"))
+
+
+def test_readme_and_ci_agree_and_its_table_is_the_one_on_file():
+    readme = (ROOT / "README.md").read_text()
+    (tests,) = [line for line in readme.splitlines() if "pytest" in line and line.startswith("python3 -m venv")]
+    assert tests in (ROOT / ".ci/run").read_text().splitlines()
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    for record in json.loads((ROOT / "results/table.json").read_text()):
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{record['preset']}`"))
+        assert f"| {record['swd']['avg']:.1f} |" in row and f"| {record['diversity']:.2f} |" in row
+
+
+def run_notebook(folder):
+    environment = {**os.environ, "CSPGAN_PROFILE": "smoke", "OMP_NUM_THREADS": "1"}
+    for name in ("CSPGAN_DATA", "CSPGAN_RESULTS"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "gan_hw.ipynb",
+               "--output-dir", "results/latest"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return nbformat.read(folder / "results/latest/gan_hw.ipynb", as_version=4)
+
+
+def test_notebook_runs_from_top_to_bottom_and_again(tmp_path):
+    for name in ("gan_hw.ipynb", "cspgan.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    first = run_notebook(tmp_path)
+    text = json.dumps(first)
+    assert "procedural faces" in text and "Loaded, not trained" not in text
+    top = code_cells(first)[0]  # the answer was put where the report begins, when the last section had run
+    assert "comes closest to the data" in json.dumps(top.outputs) and pictures(top) == 1
+    for name in PRESETS:
+        assert all((tmp_path / "results/latest" / name / file).exists() for file in
+                   ("losses.png", "samples.png", "history.json", "run.pt"))
+    records = json.loads((tmp_path / "results/latest/table.json").read_text())
+    assert [record["preset"] for record in records] == PRESETS
+    size = (tmp_path / "results/latest/gan_hw.ipynb").stat().st_size
+
+    second = run_notebook(tmp_path)  # "Run all" once more: nothing is trained again, and the report says so
+    assert json.dumps(second).count("Loaded, not trained") == len(PRESETS)
+    assert len(json.loads((tmp_path / "results/latest/table.json").read_text())) == len(PRESETS)
+    assert size < 3e6

@@ -1,0 +1,195 @@
+"""The two steps, the loop, seeds, saved runs, and that a short training learns."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import cspgan as cs
+
+
+def snapshot(network):
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def same(before, network):
+    return all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def without_seconds(history):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
+@pytest.fixture
+def pair(tiny):
+    config = tiny.but(block_norm="both")
+    return config, cs.Generator(config), cs.Discriminator(config)
+
+
+def test_d_step_leaves_g_untouched(pair, toys):
+    config, generator, discriminator = pair
+    fake = generator(torch.randn(16, config.z_dim))
+    before_g, before_d = snapshot(generator), snapshot(discriminator)
+    cs.d_step(discriminator, cs.adam(discriminator, 1e-3, config), cs.to_network(toys[:16], config), fake, config)
+    assert same(before_g, generator) and not same(before_d, discriminator)
+    assert all(p.grad is None for p in generator.parameters())
+
+
+def test_g_step_leaves_d_untouched(pair):
+    config, generator, discriminator = pair
+    fake = generator(torch.randn(16, config.z_dim))
+    before_g, before_d = snapshot(generator), snapshot(discriminator)
+    cs.g_step(discriminator, cs.adam(generator, 1e-3, config), fake, config)
+    assert same(before_d, discriminator) and not same(before_g, generator)
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
+def test_each_step_moves_its_loss_down(pair, toys):
+    config, generator, discriminator = pair
+    real, z = cs.to_network(toys[:16], config), torch.randn(16, config.z_dim)
+    opt_d, opt_g = cs.adam(discriminator, 1e-3, config), cs.adam(generator, 1e-3, config)
+    d_losses = [cs.d_step(discriminator, opt_d, real, generator(z), config)[0] for _ in range(8)]
+    g_losses = [cs.g_step(discriminator, opt_g, generator(z), config) for _ in range(8)]
+    assert d_losses[-1] < d_losses[0] and g_losses[-1] < g_losses[0]
+
+
+@pytest.mark.parametrize("name", cs.LOSSES)
+def test_loss_values(name):
+    loss = cs.LOSSES[name]
+    assert loss(torch.zeros(4), 1).item() == pytest.approx(math.log(2))
+    assert loss(torch.tensor([2.0, -1.0]), 0.9).item() == pytest.approx(
+        sum(-0.9 * math.log(p) - 0.1 * math.log(1 - p) for p in (1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1)))) / 2)
+
+
+def test_equilibrium_is_the_best_constant_answer(tiny):
+    for smoothing in (0.0, 0.1, 0.3):
+        config = tiny.but(label_smoothing=smoothing, loss="bce_logits")
+        logits = torch.linspace(-3, 3, 6001)[:, None]
+        d_losses = [cs.bce_logits(x, 1 - smoothing) + cs.bce_logits(x, 0) for x in logits]
+        best = min(range(len(d_losses)), key=lambda k: d_losses[k])
+        d_loss, g_loss = cs.equilibrium(config)
+        assert d_loss == pytest.approx(d_losses[best].item(), abs=1e-4)
+        assert g_loss == pytest.approx(cs.bce_logits(logits[best], 1).item(), abs=1e-3)
+    assert cs.equilibrium(tiny) == pytest.approx((2 * math.log(2), math.log(2)))
+
+
+def test_seed_reproduces_and_global_state_does_not_matter(tiny, toys):
+    torch.manual_seed(1)
+    first = cs.train(tiny, toys, progress=False)
+    torch.manual_seed(2)
+    torch.rand(5)
+    second, other = cs.train(tiny, toys, progress=False), cs.train(tiny.but(seed=1), toys, progress=False)
+    assert without_seconds(first.history) == without_seconds(second.history)
+    assert same(snapshot(first.generator), second.generator)
+    assert without_seconds(first.history) != without_seconds(other.history)
+    assert torch.equal(cs.sample(first, 5, seed=1), cs.sample(second, 5, seed=1))
+    assert not torch.equal(cs.sample(first, 5, seed=1), cs.sample(first, 5, seed=2))
+
+
+def test_history_and_snapshots(tiny, toys):
+    run = cs.train(tiny.but(epochs=3, epoch_images=64), toys, progress=False)
+    assert [r["step"] for r in run.history] == list(range(1, 13)) and run.history[-1]["epoch"] == 3
+    assert {"step", "epoch", "images", "seconds", "d_loss", "g_loss", "d_real", "d_fake"} == set(run.history[0])
+    assert [seen for seen, _ in run.snapshots] == [64, 128, 192]
+    assert run.snapshots[0][1].shape == (36, 3, 16, 16) and run.snapshots[0][1].dtype == torch.uint8
+    assert not torch.equal(run.snapshots[0][1], run.snapshots[-1][1])
+    assert torch.equal(run.snapshots[-1][1], cs.sample(run, 36, seed=0))
+
+
+def test_history_windows_are_means_over_all_steps(tiny, toys, monkeypatch):
+    seen = []
+    step = cs.d_step
+    monkeypatch.setattr(cs, "d_step", lambda *args: seen.append(step(*args)) or seen[-1])
+    run = cs.train(tiny.but(epochs=2, epoch_images=16 * 205), toys, progress=False)  # 410 steps, 400 windows
+    steps = [0] + [r["step"] for r in run.history]
+    assert len(run.history) == 400 and steps[-1] == 410
+    for start, end, record in zip(steps, steps[1:], run.history):
+        assert record["d_loss"] == pytest.approx(torch.stack(seen[start:end])[:, 0].mean().item(), rel=1e-4)
+
+
+def test_batches_show_every_image_once_before_any_again(tiny, toys):
+    batches = cs.real_batches(toys, tiny, torch.device("cpu"))
+    passes = [torch.cat([next(batches) for _ in range(len(toys) // 16)]) for _ in range(2)]
+    for images in passes:
+        found = {tuple(image) for image in cs.to_uint8(images, tiny).flatten(1).tolist()}
+        assert found == {tuple(image) for image in toys.flatten(1).tolist()}
+    assert not torch.equal(*passes)
+
+
+@pytest.mark.parametrize("head", ["tanh", "sigmoid"])
+def test_pixel_range_there_and_back(tiny, toys, head):
+    config = tiny.but(head=head)
+    images = cs.to_network(toys, config)
+    low, high = config.pixel_range
+    assert low <= images.min() < low + 0.05 and high - 0.05 < images.max() <= high
+    assert torch.equal(cs.to_uint8(images, config), toys)
+    assert cs.to_uint8(torch.tensor([[-9.0, 9.0]]), config).tolist() == [[0, 255]]
+
+
+def test_lazy_d_learns_in_every_second_step(tiny, toys, monkeypatch):
+    calls = []
+    step = cs.d_step
+    monkeypatch.setattr(cs, "d_step", lambda *args: calls.append(1) or step(*args))
+    cs.train(tiny.but(d_every=2, epoch_images=96), toys, progress=False)
+    assert len(calls) == 3
+
+
+def test_weight_decay_shrinks_weights(tiny, toys):
+    def size(run):
+        return sum(p.square().sum() for p in run.generator.parameters())
+
+    assert size(cs.train(tiny.but(weight_decay=1.0), toys, progress=False)) < size(cs.train(tiny, toys, progress=False))
+
+
+@pytest.mark.parametrize("images, words", [
+    (torch.zeros(64, 3, 16, 16), ["torch.float32", "uint8"]),
+    (torch.zeros(64, 3, 32, 32, dtype=torch.uint8), ["(64, 3, 32, 32)", "load_faces(source, 16)"]),
+    (torch.zeros(64, 16, 16, dtype=torch.uint8), ["(64, 16, 16)"]),
+    (torch.zeros(7, 3, 16, 16, dtype=torch.uint8), ["7 images", "batch_size"]),
+])
+def test_unusable_images_are_named(tiny, images, words):
+    with pytest.raises(ValueError) as error:
+        cs.train(tiny, images)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_saved_run_is_loaded_and_says_so(tiny, toys, tmp_path, capsys):
+    made = cs.run_or_load(tiny, toys, tmp_path / "run")
+    assert "Loaded" not in capsys.readouterr().out
+    loaded = cs.run_or_load(tiny, toys, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "Loaded, not trained" in said and made.environment["date"] in said and cs.CODE in said
+    assert loaded.history == made.history and loaded.config == made.config
+    assert torch.equal(cs.sample(loaded, 4), cs.sample(made, 4))
+    assert json.loads((tmp_path / "run/history.json").read_text())["history"] == made.history
+
+
+def test_run_made_by_other_code_says_so(tiny, toys, tmp_path, capsys, monkeypatch):
+    cs.run_or_load(tiny, toys, tmp_path / "run")
+    monkeypatch.setattr(cs, "CODE", "another1")
+    cs.run_or_load(tiny, toys, tmp_path / "run")
+    assert "the code is another1 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["config", "data"])
+def test_another_run_in_the_folder_is_kept_aside(tiny, toys, tmp_path, capsys, change):
+    first = cs.run_or_load(tiny, toys, tmp_path / "run")
+    other_config, other_data = (tiny.but(lr_g=1e-3), toys) if change == "config" else (tiny, toys.flip(3))
+    cs.run_or_load(other_config, other_data, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert ("lr_g=0.0002 there, 0.001 here" if change == "config" else "data=") in said and "kept as run.old1" in said
+    kept = cs.run_or_load(tiny, toys, tmp_path / "run.old1")
+    assert without_seconds(kept.history) == without_seconds(first.history)
+
+
+def test_short_training_learns(toys):
+    """400 steps at 16 px bring the samples nearer to the faces, by more than the floor's size, and make them differ."""
+    images = cs.toy_faces(1024, 16)
+    config = cs.PRESETS["h1_bn_leaky"].but(image_size=16, width=32, batch_size=16, epochs=1, epoch_images=16 * 400)
+    reference = cs.floor(images, 256)
+    trained = cs.train(config, images, progress=False)
+    start = cs.Run(config, trained.history, cs.Generator(config), [], {})
+    before, after = (cs.evaluate(run, images, n=256, reference=reference) for run in (start, trained))
+    assert after["swd"]["avg"] < before["swd"]["avg"] - reference["swd_floor"]["avg"]
+    assert after["diversity"] > 0.2 > before["diversity"]
