@@ -59,6 +59,8 @@ def test_config_is_frozen():
     ({"image_size": 100}, ["image_size=100", "128"]),
     ({"head": "softmax"}, ["'softmax'", "'tanh'"]),
     ({"batch_size": 0}, ["batch_size=0", "at least 2"]),
+    ({"batch_size": "64"}, ["batch_size='64'", "whole number"]),
+    ({"epochs": 2.5}, ["epochs=2.5", "whole number"]),
     ({"width": 0}, ["width=0"]),
     ({"lr_g": -1e-4}, ["lr_g=-0.0001"]),
     ({"lr_g": float("nan")}, ["lr_g=nan"]),

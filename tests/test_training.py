@@ -178,7 +178,7 @@ def test_another_run_in_the_folder_is_kept_aside(tiny, toys, tmp_path, capsys, c
     other_config, other_data = (tiny.but(lr_g=1e-3), toys) if change == "config" else (tiny, toys.flip(3))
     cs.run_or_load(other_config, other_data, tmp_path / "run")
     said = capsys.readouterr().out
-    assert ("lr_g=0.0002 there, 0.001 here" if change == "config" else "data=") in said and "kept as run.old1" in said
+    assert ("lr_g=0.0002 there, 0.001 here" if change == "config" else "data=") in said and "is kept as run.old1" in said
     kept = cs.run_or_load(tiny, toys, tmp_path / "run.old1")
     assert without_seconds(kept.history) == without_seconds(first.history)
 
