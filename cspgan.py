@@ -9,7 +9,9 @@ The report that uses all of it is gan_hw.ipynb. Every experiment is one line:
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -39,6 +41,7 @@ from tqdm import tqdm
 
 # Where D has won, gradients sink below 1e-38, and a CPU convolution of such denormal numbers takes 100 times as long
 # (measured: 2258 against 23 ms). They are taken as 0.
+np.finfo(np.float32), np.finfo(np.float64)  # looked at before, or older NumPys warn that the smallest one is 0
 torch.set_flush_denormal(True)
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
@@ -101,16 +104,16 @@ class Config:
         }
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if name in legal and value not in legal[name]:
+            if name in legal and (value not in legal[name] or type(value) is not type(legal[name][0])):
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, legal[name]))}")
             whole = isinstance(field.default, int)
-            if name in lowest and not (isinstance(value, int if whole else (int, float)) and value >= lowest[name]):
+            if name in lowest and not (isinstance(value, int if whole else (int, float)) and lowest[name] <= value < math.inf):
                 raise ValueError(f"{name}={value!r}: expected a {'whole ' * whole}number of at least {lowest[name]}")
             if name in ("label_smoothing", "beta1", "beta2") and value >= 1:
                 raise ValueError(f"{name}={value!r}: expected a number below 1")
         if self.d_stages > len(channel_ladder(self)):
             raise ValueError(f"d_stages={self.d_stages}: at {self.image_size} px at most {len(channel_ladder(self))}")
-        if self.epoch_images is not None and self.epoch_images < self.batch_size:
+        if self.epoch_images is not None and not (isinstance(self.epoch_images, int) and self.epoch_images >= self.batch_size):
             raise ValueError(f"epoch_images={self.epoch_images}: expected at least one batch of {self.batch_size}")
 
     def but(self, **changes: Any) -> Config:
@@ -148,6 +151,7 @@ def channel_ladder(config: Config) -> list[int]:
 # ------------------------------------------------------------------------------------------- environment
 
 
+@functools.cache
 def best_device() -> torch.device:
     """The GPU if one really works, else the CPU; says so where torch lists a GPU that it cannot use."""
     if not torch.cuda.is_available():
@@ -208,25 +212,29 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     """A folder or zip of face images: CSPGAN_DATA, then Kaggle's input folder, then ./data; None: use toy_faces.
 
     Kaggle mounts a dataset under a name that varies, so CelebA's `img_align_celeba` is searched for; failing
-    that, the folder or zip with the most images, by its own count or its size.
+    that, the folder (with its sub-folders) or zip with the most images.
     """
     given = os.environ.get("CSPGAN_DATA")
     if given:
-        if not Path(given).exists():
+        if not Path(given).expanduser().exists():
             raise FileNotFoundError(f"CSPGAN_DATA={given}: no such folder or zip. {HOW_TO_GET_FACES}")
-        return Path(given)
-    for place in places:
-        found: list[tuple[bool, int, Path]] = []
-        for folder, _, files in os.walk(place):
+        return Path(given).expanduser()
+    for place in map(Path, places):
+        counts: dict[Path, int] = {}
+        visited: set[str] = set()
+        for folder, subfolders, files in os.walk(place, followlinks=True):
+            visited.add(os.path.realpath(folder))  # a link may lead to where the walk has been
+            subfolders[:] = [name for name in subfolders if os.path.realpath(os.path.join(folder, name)) not in visited]
             images = sum(name.lower().endswith(IMAGE_ENDINGS) for name in files)
-            if images:
-                found.append(("img_align_celeba" in folder, images, Path(folder)))
-            for name in files:
-                if name.lower().endswith(".zip"):
-                    archive = Path(folder, name)
-                    found.append(("celeba" in name.lower(), archive.stat().st_size // 10_000, archive))
-        if found:
-            return max(found)[2]
+            if images and "img_align_celeba" in folder:
+                return Path(folder)
+            top = place.joinpath(*Path(folder).relative_to(place).parts[:1])
+            counts[top] = counts.get(top, 0) + images
+            for archive in (Path(folder, name) for name in files if name.lower().endswith(".zip")):
+                if zipfile.is_zipfile(archive):
+                    counts[archive] = sum(name.lower().endswith(IMAGE_ENDINGS) for name in zipfile.ZipFile(archive).namelist())
+        if any(counts.values()):
+            return max(counts, key=lambda path: counts[path])
     return None
 
 
@@ -258,14 +266,18 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
         except OSError as error:
             raise OSError(f"cannot write the image cache in {cache_dir} ({error}). It needs "
                           f"{len(names) * 3 * size * size / 1e9:.1f} GB: free some, or pass another cache_dir.") from error
-        skipped = manifest["skipped"]
-        if skipped:
-            shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:10])
-            print(f"skipped {len(skipped)} of {len(names)} files: {shown}{' ...' if len(skipped) > 10 else ''}")
-    count = manifest["count"]
+    skipped, count = manifest["skipped"], manifest["count"]
+    if skipped:
+        shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:10])
+        print(f"skipped {len(skipped)} of {len(names)} files: {shown}{' ...' if len(skipped) > 10 else ''}")
     if not count:
+        manifest_path.unlink()
         raise ValueError(f"{source}: none of its {len(names)} image files can be read. {HOW_TO_GET_FACES}")
-    pixels = torch.from_file(str(cache_dir / manifest["file"]), size=count * 3 * size * size, dtype=torch.uint8)
+    try:
+        pixels = torch.from_file(str(cache_dir / manifest["file"]), size=count * 3 * size * size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise MemoryError(f"{count:,} images of {size} px do not fit this machine's memory: pass a limit, or a smaller "
+                          f"size. ({error})") from error
     return pixels.view(count, 3, size, size)
 
 
@@ -341,7 +353,8 @@ def _decode_all(names: list[str], read: Any, size: int, made_from: dict, manifes
         os.replace(part, manifest_path.with_name(manifest["file"]))
         write_json(manifest_path, manifest)  # last: a manifest that exists points at pixels that are whole
         if old and old["file"] != manifest["file"]:
-            manifest_path.with_name(old["file"]).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
+                manifest_path.with_name(old["file"]).unlink()
     finally:
         part.unlink(missing_ok=True)
     return manifest
@@ -389,8 +402,10 @@ def download_celeba(folder: str | Path = "data") -> Path:
         advice = (f"downloading {CELEBA} failed: check the network, that the token is still valid, and that "
                   f"{folder.resolve()} has 2 GB free; or download it in a browser into that folder")
         api.dataset_download_files(CELEBA, path=str(folder), quiet=False)
-    except (Exception, SystemExit) as error:  # without credentials the package exits instead of raising
+    except BaseException as error:  # without credentials the package exits instead of raising
         archive.unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise RuntimeError(f"{advice}. ({type(error).__name__}: {error})") from error
     return archive
 
@@ -536,15 +551,15 @@ def real_batches(images: Tensor, config: Config, device: torch.device) -> Iterat
 class CSPup(nn.Module):
     """Cross-stage-partial block that doubles the resolution: (N, in, H, W) -> (N, out, 2H, 2W).
 
-    Half of the channels goes through one deconvolution only; the other half through conv 1x1, a deconvolution
-    of its own and two conv 3x3; the branches are added. After Cross Stage Partial Networks (arXiv 1911.11929).
+    Half of the channels goes through one deconvolution only; the other half through conv 1x1, a deconvolution of its
+    own and two conv 3x3; the branches are added. After Cross Stage Partial Networks (arXiv 1911.11929).
 
-    act: makes one activation module. norm_left, norm_right: BatchNorm at the end of the left branch, and
-    around the activations and at the end of the right one. deconv: (kernel, stride, padding) of both
+    act: called without arguments, makes one activation. norm_left: BatchNorm at the end of the left branch.
+    norm_right: BatchNorm after the three convolutions of the right one. deconv: (kernel, stride, padding) of both
     deconvolutions; (4, 1, 0) takes 1x1 to 4x4.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, act: Any = nn.ReLU, norm_left: bool = False,
+    def __init__(self, in_channels: int, out_channels: int, act: type[nn.Module] = nn.ReLU, norm_left: bool = False,
                  norm_right: bool = False, deconv: tuple[int, int, int] = (4, 2, 1)) -> None:
         super().__init__()
         if in_channels < 2:
@@ -564,7 +579,7 @@ class CSPup(nn.Module):
             nn.Conv2d(out_channels, out_channels, 3, padding=1), *norm(out_channels, norm_right),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = x.shape[1] // 2
         left, right = x[:, :half], x[:, half:]                           # (N, in/2, H, W) each
         return self.left(left) + self.right(right)                       # (N, out, 2H, 2W)
@@ -660,7 +675,8 @@ def init_weights(network: nn.Module, seed: int) -> None:
 def bce(logits: Tensor, target: float) -> Tensor:
     """Mean binary cross-entropy of sigmoid(logits) (N,) against one target; ln 2 where D cannot tell.
 
-    As the course writes it, a sigmoid and then the logarithm: the gradient dies where the sigmoid rounds to 0 or 1.
+    As the course writes it, a sigmoid and then the logarithm: below a logit of about -28 the sigmoid is under 1e-12,
+    where PyTorch clamps, and G's gradient dies.
     """
     return F.binary_cross_entropy(torch.sigmoid(logits), torch.full_like(logits, target))
 
@@ -756,12 +772,14 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
 
     An epoch is `config.epoch_images` images. The history has one record for each of at most 400 windows of equal
     length, with means over the window: step, epoch, images (seen), seconds, d_loss, g_loss, d_real, d_fake (D's mean
-    logits). The same config on the same images and machine gives the same history, seconds aside.
+    logits). The same config on the same images and CPU gives the same history, seconds aside.
     """
     images = check_images(images, config)
+    if run_dir is not None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)  # fails now, if at all, and not when the training is done
     device = device or best_device()
-    if images.numel() < 4e9 and device.type == "cuda":
-        images = images.to(device)  # 80,000 images at 128 px: a batch is then an index into GPU memory
+    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+        images = images.to(device)  # a batch is then an index into GPU memory
     # Measured with one CPU core at 64 px: channels-last makes a step 1.2 times faster.
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     generator = GENERATORS[config.generator](config).to(device, memory_format=layout)
@@ -784,7 +802,7 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
             z = torch.randn(config.batch_size, config.z_dim, generator=noise, device=device)  # (N, z_dim)
             generator.train()
             fake = generator(z)                                          # (N, 3, S, S)
-            if step % config.d_every == 0:
+            if (step - 1) % config.d_every == 0:
                 d_stats = d_step(discriminator, opt_d, real, fake, config)
             g_loss = g_step(discriminator, opt_g, fake, config)
             stats += torch.cat([d_stats, g_loss[None]])
@@ -836,11 +854,12 @@ def sample(run: Run, n: int, seed: int = 0) -> Tensor:
 
 def _code_hash(*parts: Any) -> str:
     """Eight digits that change with what the code does, not with its comments, docstrings or layout."""
+    layers = [f"{name} {make()!r}" for name, make in (*ACTIVATIONS.items(), *HEADS.items())] + [repr(DECONVS)]
     trees = [ast.parse(inspect.getsource(part)) for part in parts]
     for node in [node for tree in trees for node in ast.walk(tree)]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha1("\n".join(map(ast.unparse, trees)).encode()).hexdigest()[:8]
+    return hashlib.sha1("\n".join([*layers, *map(ast.unparse, trees)]).encode()).hexdigest()[:8]
 
 
 # What makes a run: networks, losses and training. Taken at import, so that it is of the code that runs.
@@ -883,7 +902,7 @@ def run_or_load(config: Config, images: Tensor, run_dir: str | Path) -> Run:
     run_dir, data = Path(run_dir), fingerprint(check_images(images, config))
     if (run_dir / "run.pt").exists():
         state = torch.load(run_dir / "run.pt", map_location=best_device(), weights_only=True)
-        saved = {**dataclasses.asdict(config), **state["config"]}
+        saved = {**dataclasses.asdict(BASELINE), **state["config"]}  # a field that is newer than the run had no effect yet
         differing = [f"{k}={saved[k]} there, {v} here" for k, v in dataclasses.asdict(config).items() if saved[k] != v]
         if state["data"] != data:
             differing.append(f"data={state['data']} there, {data} here")
@@ -907,7 +926,8 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, f
 
     real, fake: uint8 (N, 3, S, S), equally many. Returns {"64": .., "32": .., "16": .., "avg": ..}: the distance
     between 7x7 patches at each level of a Laplacian pyramid, and their mean. Its floor is real against other real
-    images, same count; it falls as N grows.
+    images, same count; it falls as N grows. One departure from the authors' code: both sides are cut at the same random
+    places, so that a set is at distance 0 from itself.
     """
     if real.shape != fake.shape or real.dtype != torch.uint8 or fake.dtype != torch.uint8:
         raise ValueError(f"real {real.dtype} {tuple(real.shape)}, fake {fake.dtype} {tuple(fake.shape)}: expected "

@@ -219,6 +219,16 @@ def test_interrupted_decoding_leaves_the_old_cache_whole(photos, tmp_path, monke
     assert torch.equal(load(photos, tmp_path), old)
 
 
+def test_source_that_could_not_be_read_is_tried_again(tmp_path, decodings):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(b"not yet")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of its 1"):
+            load(folder, tmp_path)
+    assert len(decodings) == 2
+
+
 def test_one_source_and_size_keeps_one_cache(photos, tmp_path):
     load(photos, tmp_path)
     load(photos, tmp_path, limit=3)
@@ -263,8 +273,23 @@ def test_downloaded_zip_is_found_and_nothing_is_none(tmp_path, monkeypatch):
     monkeypatch.delenv("CSPGAN_DATA", raising=False)
     assert cs.find_faces((tmp_path / "input", tmp_path / "data")) is None
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "celeba-dataset.zip").write_bytes(b"PK")
+    (tmp_path / "data" / "broken.zip").write_bytes(b"PK half a download")
+    assert cs.find_faces((tmp_path / "input", tmp_path / "data")) is None
+    with zipfile.ZipFile(tmp_path / "data" / "celeba-dataset.zip", "w") as file:
+        file.writestr("img_align_celeba/0.jpg", b"")
     assert cs.find_faces((tmp_path / "input", tmp_path / "data")).name == "celeba-dataset.zip"
+
+
+def test_folder_is_found_with_its_subfolders_and_through_links(photos, tmp_path, monkeypatch):
+    monkeypatch.delenv("CSPGAN_DATA", raising=False)
+    data = tmp_path / "data"
+    for part in ("faces/a", "faces/b", "few"):
+        (data / part).mkdir(parents=True)
+        (data / part / "0.jpg").write_bytes(b"")
+    assert cs.find_faces((data,)) == data / "faces"
+    (data / "photos").symlink_to(photos)
+    (photos / "round").symlink_to(data)  # a circle
+    assert cs.find_faces((data,)) == data / "photos"
 
 
 # ---- download

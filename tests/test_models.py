@@ -58,8 +58,8 @@ def test_branches_share_no_weights():
 def test_block_copied_elsewhere_needs_only_torch():
     import inspect
 
-    scope = {"nn": nn, "torch": torch, "Tensor": torch.Tensor, "Any": object}
-    exec("from __future__ import annotations\n" + inspect.getsource(CSPup), scope)
+    scope = {}
+    exec("import torch\nfrom torch import nn\n" + inspect.getsource(CSPup), scope)
     assert scope["CSPup"](8, 4)(torch.randn(1, 8, 2, 2)).shape == (1, 4, 4, 4)
 
 

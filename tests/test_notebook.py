@@ -53,10 +53,24 @@ def test_no_real_image_is_committed(notebook):
     for cell in code_cells(notebook):  # what draws from the data must carry the tag, what is not tagged must not draw
         draws = re.search(r"(show_images|imshow|savefig|make_grid)\((images|real|other|known)\b", cell.source)
         assert not draws or "real-images" in tags(cell), cell.source
+        drawing = re.search(r"draw_|experiment\(|samples\(|comparison|picture", cell.source)  # diagrams and samples
+        assert not pictures(cell) or drawing, cell.source
     allowed = {"losses.png", "samples.png", "compare.png"}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "cspgan.py" in tracked
     found = [name for name in tracked if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".zip", ".u8", ".pt"))]
     assert not [name for name in found if Path(name).name not in allowed]
+
+
+def test_strip_script_empties_tagged_cells_only(tmp_path):
+    copy = tmp_path / "copy.ipynb"
+    notebook = nbformat.read(ROOT / "gan_hw.ipynb", as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs = [nbformat.v4.new_output("stream", text="shown")]
+    nbformat.write(notebook, copy)
+    subprocess.run([sys.executable, ROOT / "scripts/strip_real_images.py", copy], check=True)
+    cells = code_cells(nbformat.read(copy, as_version=4))
+    assert all(bool(cell.outputs) != ("real-images" in tags(cell)) for cell in cells)
 
 
 def test_every_hypothesis_shows_losses_samples_and_a_finding(notebook):

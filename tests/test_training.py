@@ -131,8 +131,10 @@ def test_lazy_d_learns_in_every_second_step(tiny, toys, monkeypatch):
     calls = []
     step = cs.d_step
     monkeypatch.setattr(cs, "d_step", lambda *args: calls.append(1) or step(*args))
-    cs.train(tiny.but(d_every=2, epoch_images=96), toys, progress=False)
+    run = cs.train(tiny.but(d_every=2, epoch_images=96), toys, progress=False)
     assert len(calls) == 3
+    assert [r["d_loss"] for r in run.history[::2]] == [r["d_loss"] for r in run.history[1::2]]
+    assert all(r["d_loss"] > 0 for r in run.history)
 
 
 def test_weight_decay_shrinks_weights(tiny, toys):
@@ -170,6 +172,23 @@ def test_run_made_by_other_code_says_so(tiny, toys, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(cs, "CODE", "another1")
     cs.run_or_load(tiny, toys, tmp_path / "run")
     assert "the code is another1 now" in capsys.readouterr().out
+
+
+def test_run_from_before_a_field_existed_had_the_default_of_it(tiny, toys, tmp_path, capsys):
+    cs.run_or_load(tiny, toys, tmp_path / "run")
+    state = torch.load(tmp_path / "run/run.pt", weights_only=True)
+    del state["config"]["d_every"]
+    torch.save(state, tmp_path / "run/run.pt")
+    cs.run_or_load(tiny.but(d_every=2), toys, tmp_path / "run")
+    assert "d_every=1 there, 2 here" in capsys.readouterr().out
+    assert "Loaded" not in capsys.readouterr().out
+
+
+def test_folder_that_cannot_be_made_is_found_out_before_training(tiny, toys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cs, "d_step", lambda *args: pytest.fail("it trained"))
+    with pytest.raises(OSError):
+        cs.train(tiny, toys, tmp_path / "file" / "run", progress=False)
 
 
 @pytest.mark.parametrize("change", ["config", "data"])
