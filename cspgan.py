@@ -1084,7 +1084,7 @@ def plot_losses(run: Run, title: str = "") -> Figure:
     left, right = figure.subplots(1, 2)
     for key, name, level, colour in zip(("d_loss", "g_loss"), "DG", equilibrium(run.config), ("C0", "C1")):
         left.plot(seen, [record[key] for record in run.history], colour, lw=1, label=f"{name} loss")
-        left.axhline(level, color=colour, ls="--", lw=1, label=f"{name} at equilibrium, {level:.2f}")
+        left.axhline(level, color=colour, ls="--", lw=1, label=f"equilibrium, {level:.2f}")
     left.set(title=title, ylabel="loss (nats)", ylim=(0, None))
     for key, name, colour in (("d_real", "real", "C2"), ("d_fake", "generated", "C3")):
         right.plot(seen, [record[key] for record in run.history], colour, lw=1, label=f"{name} images")
@@ -1092,7 +1092,7 @@ def plot_losses(run: Run, title: str = "") -> Figure:
     right.set(title="what D says (mean logit)", ylabel="logit")
     for ax in (left, right):
         ax.set_xlabel("thousand images seen")
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.36))
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -54,6 +54,29 @@ def test_each_step_moves_its_loss_down(pair, toys):
     assert d_losses[-1] < d_losses[0] and g_losses[-1] < g_losses[0]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_the_steps_are_the_formulas(pair, toys, smoothing):
+    config, generator, discriminator = pair
+    config = config.but(label_smoothing=smoothing)
+    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
+    d_real, d_fake = discriminator(real).sigmoid(), discriminator(fake).sigmoid()
+    target = 1 - smoothing
+    expected = -(target * d_real.log() + smoothing * (1 - d_real).log()).mean() - (1 - d_fake).log().mean()
+    still = torch.optim.SGD(discriminator.parameters(), 0.0), torch.optim.SGD(generator.parameters(), 0.0)
+    d_loss, mean_real, mean_fake = cs.d_step(discriminator, still[0], real, fake, config)
+    assert d_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mean_real.item() == pytest.approx(d_real.logit().mean().item(), abs=1e-5)
+    assert mean_fake.item() == pytest.approx(d_fake.logit().mean().item(), abs=1e-5)
+    g_loss = cs.g_step(discriminator, still[1], fake, config)
+    assert g_loss.item() == pytest.approx(-d_fake.log().mean().item(), rel=1e-5)
+
+
+def test_batchnorm_learns_its_statistics_while_training(tiny, toys):
+    run = cs.train(tiny.but(block_norm="both", epoch_images=160), toys, progress=False)
+    norms = [m for m in run.generator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and all(m.num_batches_tracked == 10 and m.running_mean.any() for m in norms)
+
+
 @pytest.mark.parametrize("name", cs.LOSSES)
 def test_loss_values(name):
     loss = cs.LOSSES[name]
@@ -115,6 +138,8 @@ def test_batches_show_every_image_once_before_any_again(tiny, toys):
         found = {tuple(image) for image in cs.to_uint8(images, tiny).flatten(1).tolist()}
         assert found == {tuple(image) for image in toys.flatten(1).tolist()}
     assert not torch.equal(*passes)
+    uneven = cs.real_batches(toys[:40], tiny, torch.device("cpu"))
+    assert {len(next(uneven)) for _ in range(9)} == {16}
 
 
 @pytest.mark.parametrize("head", ["tanh", "sigmoid"])
