@@ -4,6 +4,10 @@ Read from top to bottom: config, environment, data, models, losses, training loo
 The report that uses all of it is gan_hw.ipynb. Every experiment is one line:
 
     run = train(BASELINE.but(block_norm="both", block_act="leaky_relu"), images, "results/my_idea")
+
+Measured (results/table.json; aligned64.zip, 64 px, width 128, one CPU core, PyTorch 2.15.0, one seed, so no spread
+yet): of the course's five recipes `h1_bn_leaky` comes closest to real faces, SWD 85 against 245 for the plain baseline and
+9 for real faces among themselves. None of the five converges.
 """
 
 from __future__ import annotations
