@@ -34,11 +34,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-# torch's threads wait for each other by spinning. Measured with two of them on two cores: with one busy neighbour a
-# step then takes 6.8 times as long, but 1.4 times if they sleep (1.14 times where nobody disturbs). Read by the first
-# import of torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import numpy as np
 import torch
 import torch.nn.functional as F
