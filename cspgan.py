@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ import shutil
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,9 +50,6 @@ from tqdm import tqdm
 np.finfo(np.float32), np.finfo(np.float64)  # looked at before, or older NumPys warn that the smallest one is 0
 torch.set_flush_denormal(True)
 
-ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
-HEADS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
-DECONVS = {4: (4, 2, 1), 2: (2, 2, 0)}  # kernel -> (kernel, stride, padding) that doubles the resolution
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 CELEBA = "jessicali9530/celeba-dataset"
 CACHE_DIR = Path.home() / ".cache" / "cspgan"  # not the working folder: Kaggle would keep 10 GB of it as output
@@ -70,6 +69,7 @@ class Config:
     # images
     image_size: int = 128  # pixels a side: a power of two, 16 to 256
     head: str = "sigmoid"  # G's last activation: "tanh" puts images in [-1, 1], "sigmoid" and "relu" in [0, 1]
+    augment: bool = False  # DiffAugment of real and generated images before D sees them: for small datasets
     # generator
     generator: str = "cspup"  # "cspup", or "dcgan" as the control
     z_dim: int = 100  # numbers in one noise vector, each drawn from N(0, 1)
@@ -80,10 +80,14 @@ class Config:
     block_norm: str = "none"  # BatchNorm inside CSPup: "none", "right" (branch) or "both"
     # discriminator
     d_norm: bool = True  # BatchNorm on all its convolutions but the first and the last
-    d_stages: int = 0  # its stride-2 convolutions; 0: as many as lead down to 4x4
+    d_fewer: int = 0  # stride-2 convolutions left out of D, the deepest first
+    # both networks
+    init: str = "dcgan"  # weights N(0, 0.02), or "he": scaled so that activations keep their size
     # objective
-    loss: str = "bce"  # "bce" (after a sigmoid, as the course has it) or "bce_logits"
-    label_smoothing: float = 0.0  # one-sided: D's target for real images is 1 minus this
+    loss: str = "bce"  # "bce" (after a sigmoid, as the course has it), "bce_logits" or "relativistic"
+    label_smoothing: float = 0.0  # one-sided: D's target for real images is 1 minus this; not for "relativistic"
+    r1: float = 0.0  # weight gamma of the penalty gamma/2 |grad D|^2 at real images
+    r2: float = 0.0  # the same at generated images
     # optimisation
     batch_size: int = 128  # images in one step
     epochs: int = 5
@@ -92,7 +96,9 @@ class Config:
     lr_d: float = 2e-4  # Adam's step size for D
     beta1: float = 0.5  # Adam; 0.5 as in DCGAN, 0.9 is PyTorch's default
     beta2: float = 0.999
+    lr_end: float = 1.0  # both step sizes fall on a half cosine to this share of themselves; 1: they stay
     weight_decay: float = 0.0  # L2 on the weights of both networks, added to the gradient as Adam does
+    ema_images: int = 0  # half-life, in images, of a running mean of G's weights, which is then what is kept; 0: none
     d_every: int = 1  # D learns in every d_every-th step, G in every one
     seed: int = 0  # of weights, noise and data order
 
@@ -100,11 +106,13 @@ class Config:
         legal = {
             "image_size": (16, 32, 64, 128, 256), "head": tuple(HEADS), "generator": tuple(GENERATORS),
             "stem": ("cspup", "deconv"), "deconv_kernel": tuple(DECONVS), "block_act": tuple(ACTIVATIONS),
-            "block_norm": ("none", "right", "both"), "d_norm": (True, False), "loss": tuple(LOSSES),
+            "block_norm": ("none", "right", "both"), "d_norm": (True, False), "loss": tuple(D_LOSSES),
+            "init": tuple(INITS), "augment": (False, True),
         }
         lowest = {
-            "z_dim": 2, "width": 2, "d_stages": 0, "label_smoothing": 0, "batch_size": 2, "epochs": 1, "lr_g": 0,
-            "lr_d": 0, "beta1": 0, "beta2": 0, "weight_decay": 0, "d_every": 1, "seed": 0,
+            "z_dim": 2, "width": 2, "d_fewer": 0, "label_smoothing": 0, "r1": 0, "r2": 0, "batch_size": 2, "epochs": 1,
+            "lr_g": 0, "lr_d": 0, "beta1": 0, "beta2": 0, "lr_end": 0, "weight_decay": 0, "ema_images": 0, "d_every": 1,
+            "seed": 0,
         }
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -115,8 +123,10 @@ class Config:
                 raise ValueError(f"{name}={value!r}: expected a {'whole ' * whole}number of at least {lowest[name]}")
             if name in ("label_smoothing", "beta1", "beta2") and value >= 1:
                 raise ValueError(f"{name}={value!r}: expected a number below 1")
-        if self.d_stages > len(channel_ladder(self)):
-            raise ValueError(f"d_stages={self.d_stages}: at {self.image_size} px at most {len(channel_ladder(self))}")
+        if self.lr_end > 1:
+            raise ValueError(f"lr_end={self.lr_end}: expected a share from 0 to 1")
+        if self.d_fewer >= len(channel_ladder(self)):
+            raise ValueError(f"d_fewer={self.d_fewer}: D has {len(channel_ladder(self))} such convolutions at {self.image_size} px")
         if self.epoch_images is not None and not (isinstance(self.epoch_images, int) and self.epoch_images >= self.batch_size):
             raise ValueError(f"epoch_images={self.epoch_images}: expected at least one batch of {self.batch_size}")
 
@@ -144,12 +154,6 @@ class Config:
     def pixel_range(self) -> tuple[float, float]:
         """What the networks see: the range of the head, for real and generated images alike."""
         return (-1.0, 1.0) if self.head == "tanh" else (0.0, 1.0)
-
-
-def channel_ladder(config: Config) -> list[int]:
-    """Channels at 4x4, 8x8, ... up to half the image size: [1024, 512, 256, 128, 64] for 128 px, width 1024."""
-    stages = int(math.log2(config.image_size)) - 2
-    return [max(2, config.width >> stage) for stage in range(stages)]
 
 
 # ------------------------------------------------------------------------------------------- environment
@@ -218,28 +222,43 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     Kaggle mounts a dataset under a name that varies, so CelebA's `img_align_celeba` is searched for; failing
     that, the folder (with its sub-folders) or zip with the most images.
     """
-    given = os.environ.get("CSPGAN_DATA")
-    if given:
+    if given := os.environ.get("CSPGAN_DATA"):
         if not Path(given).expanduser().exists():
             raise FileNotFoundError(f"CSPGAN_DATA={given}: no such folder or zip. {HOW_TO_GET_FACES}")
         return Path(given).expanduser()
-    for place in map(Path, places):
+    for place in filter(Path.is_dir, map(Path, places)):
         counts: dict[Path, int] = {}
-        visited: set[str] = set()
-        for folder, subfolders, files in os.walk(place, followlinks=True):
-            visited.add(os.path.realpath(folder))  # a link may lead to where the walk has been
-            subfolders[:] = [name for name in subfolders if os.path.realpath(os.path.join(folder, name)) not in visited]
-            images = sum(name.lower().endswith(IMAGE_ENDINGS) for name in files)
-            if images and "img_align_celeba" in folder:
-                return Path(folder)
-            top = place.joinpath(*Path(folder).relative_to(place).parts[:1])
-            counts[top] = counts.get(top, 0) + images
-            for archive in (Path(folder, name) for name in files if name.lower().endswith(".zip")):
-                if zipfile.is_zipfile(archive):
-                    counts[archive] = sum(name.lower().endswith(IMAGE_ENDINGS) for name in zipfile.ZipFile(archive).namelist())
+        for name in _list_images(place):
+            *folders, _ = Path(name).parts
+            if "img_align_celeba" in folders:
+                return place.joinpath(*folders)
+            top = place.joinpath(*folders[:1])
+            counts[top] = counts.get(top, 0) + 1
+        for archive in filter(zipfile.is_zipfile, place.rglob("*.[zZ][iI][pP]")):
+            counts[archive] = len(_list_images(archive))
         if any(counts.values()):
             return max(counts, key=lambda path: counts[path])
     return None
+
+
+def _list_images(source: Path) -> list[str]:
+    """Names of the images in a folder (with its sub-folders) or a zip, sorted; hidden ones are left out."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder or zip. {HOW_TO_GET_FACES}")
+    names, visited = [], set()
+    if source.is_dir():
+        for folder, subfolders, files in os.walk(source, followlinks=True):
+            if os.path.realpath(folder) in visited:  # a link may lead to where the walk has been
+                subfolders[:] = files[:] = []
+            visited.add(os.path.realpath(folder))
+            paths = [os.path.join(folder, name) for name in files]
+            names += [os.path.relpath(path, source) for path in paths if os.path.isfile(path)]  # not links to nowhere
+    elif zipfile.is_zipfile(source):
+        names = zipfile.ZipFile(source).namelist()
+    else:
+        raise ValueError(f"{source}: neither a folder nor a zip. {HOW_TO_GET_FACES}")
+    return sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS)
+                  and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts))
 
 
 def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR, limit: int | None = None) -> Tensor:
@@ -247,68 +266,35 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
 
     Takes JPEG, PNG and WebP of any mode and shape, sub-folders included, in the order of their names; each
     becomes the largest centred square, resized with antialiasing. `limit` keeps the first so many files.
-    The cache is rebuilt when the source, the size, the crop or the limit changed.
+    The cache is made anew when the files, their dates, the size or the crop changed.
 
-    Returns uint8 (N, 3, size, size). A damaged file is skipped and named at the end; a source that is missing,
-    is neither a folder nor a zip, or holds no usable image is an error that says how to get the data.
+    Returns uint8 (N, 3, size, size). A damaged file is skipped, and named when the cache is made; a source that
+    is missing, is neither a folder nor a zip, or holds no usable image is an error that says how to get the data.
     """
     source, cache_dir = Path(source).expanduser().resolve(), Path(cache_dir).expanduser()
-    names, read, state = _open_source(source)
-    names = names[:limit]
+    names = _list_images(source)[:limit]
     if not names:
         raise ValueError(f"{source}: no {', '.join(IMAGE_ENDINGS)} file in it. {HOW_TO_GET_FACES}")
-    stem = f"{source.stem}-{size}px-{hashlib.sha1(str(source).encode()).hexdigest()[:6]}"
-    manifest_path = cache_dir / f"{stem}.json"
-    made_from = {"source": str(source), "state": state, "size": size, "limit": limit, "files": len(names),
-                 "crop": "largest centred square, EXIF upright, alpha on white, Lanczos"}
-
-    manifest = _read_manifest(manifest_path)
-    if manifest is None or {key: manifest.get(key) for key in made_from} != made_from:
+    stats = [path.stat() for path in ([source] if source.is_file() else map(source.joinpath, names))]
+    made_from = (names, [(stat.st_size, stat.st_mtime_ns) for stat in stats], CROP)
+    place, state = (hashlib.sha1(repr(part).encode()).hexdigest()[:8] for part in (str(source), made_from))
+    cache = cache_dir / f"{source.stem}-{size}px-{place}-{state}.u8"  # with this name, a file that exists is up to date
+    image_bytes = 3 * size * size
+    if not cache.exists() or cache.stat().st_size % image_bytes:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            manifest = _decode_all(names, read, size, made_from, manifest_path)
+            _decode_all(source, names, size, cache)
         except OSError as error:
             raise OSError(f"cannot write the image cache in {cache_dir} ({error}). It needs "
-                          f"{len(names) * 3 * size * size / 1e9:.1f} GB: free some, or pass another cache_dir.") from error
-    skipped, count = manifest["skipped"], manifest["count"]
-    if skipped:
-        shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:10])
-        print(f"skipped {len(skipped)} of {len(names)} files: {shown}{' ...' if len(skipped) > 10 else ''}")
-    if not count:
-        manifest_path.unlink()
-        raise ValueError(f"{source}: none of its {len(names)} image files can be read. {HOW_TO_GET_FACES}")
-    try:
-        pixels = torch.from_file(str(cache_dir / manifest["file"]), size=count * 3 * size * size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise MemoryError(f"{count:,} images of {size} px do not fit this machine's memory: pass a limit, or a smaller "
-                          f"size. ({error})") from error
-    return pixels.view(count, 3, size, size)
+                          f"{len(names) * image_bytes / 1e9:.1f} GB: free some, or pass another cache_dir.") from error
+        for old in set(cache_dir.glob(f"*-{size}px-{place}-*.u8")) - {cache}:  # one source and size keeps one cache
+            with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
+                old.unlink()
+    pixels = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)  # what is changed is copied first
+    return pixels.view(-1, 3, size, size)
 
 
-def _open_source(source: Path) -> tuple[list[str], Any, str]:
-    """(names of its images, function name -> bytes, a fingerprint that changes when a file does)."""
-
-    def is_image(name: str) -> bool:
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in Path(name).parts)
-        return name.lower().endswith(IMAGE_ENDINGS) and not hidden
-
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such folder or zip. {HOW_TO_GET_FACES}")
-    if source.is_dir():
-        stats = {}
-        for folder, _, files in os.walk(source):  # os.walk does not follow links to folders: no endless loops
-            for path in (os.path.join(folder, file) for file in files):
-                name = os.path.relpath(path, source)
-                if is_image(name) and os.path.isfile(path):
-                    stats[name] = (os.stat(path).st_size, os.stat(path).st_mtime_ns)
-        names = sorted(stats)
-        state = hashlib.sha1(repr([(name, stats[name]) for name in names]).encode()).hexdigest()
-        return names, lambda name: (source / name).read_bytes(), state
-    if zipfile.is_zipfile(source):
-        archive = zipfile.ZipFile(source)
-        stat = source.stat()
-        return sorted(filter(is_image, archive.namelist())), archive.read, f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
-    raise ValueError(f"{source}: neither a folder nor a zip. {HOW_TO_GET_FACES}")
+CROP = "largest centred square, EXIF upright, alpha on white, Lanczos"  # as decode_face does it; part of a cache's name
 
 
 def decode_face(data: bytes, size: int) -> np.ndarray:
@@ -326,52 +312,36 @@ def decode_face(data: bytes, size: int) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)  # (3, size, size)
 
 
-def _decode_all(names: list[str], read: Any, size: int, made_from: dict, manifest_path: Path) -> dict:
-    """Decode on all cores (Pillow releases the interpreter lock) and write pixels, then manifest, atomically."""
+def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
+    """Decode on all cores (Pillow releases the interpreter lock) into a file that gets its name when it is whole."""
+    read = zipfile.ZipFile(source).read if source.is_file() else lambda name: (source / name).read_bytes()
+    damaged = []
 
-    def decode(name: str) -> np.ndarray | str:
+    def decode(name: str) -> bytes:
         try:
-            return decode_face(read(name), size)
+            return decode_face(read(name), size).tobytes()
         except Exception as error:  # whatever a damaged file raises, it must not cost the other 200,000
-            return f"{type(error).__name__}: {error}"
+            damaged.append(f"{name} ({type(error).__name__}: {error})")
+            return b""
 
-    skipped, count = [], 0
-    part = manifest_path.with_suffix(f".part{os.getpid()}")
+    part = cache.with_suffix(f".part{os.getpid()}")
     try:
-        with open(part, "wb") as pixels, ThreadPoolExecutor(os.cpu_count()) as pool:
-            with progress_bar(len(names), "decoding", "image") as bar:
-                for start in range(0, len(names), 1024):  # in blocks, so that results never pile up in memory
-                    block = names[start : start + 1024]
-                    for name, result in zip(block, pool.map(decode, block)):
-                        if isinstance(result, str):
-                            skipped.append((name, result))
-                        else:
-                            pixels.write(result.tobytes())
-                            count += 1
-                    bar.update(len(block))
-            pixels.flush()
-            os.fsync(pixels.fileno())
-        token = hashlib.sha1(json.dumps(made_from).encode()).hexdigest()[:8]
-        manifest = {**made_from, "count": count, "skipped": skipped, "file": f"{manifest_path.stem}-{token}.u8"}
-        old = _read_manifest(manifest_path)
-        os.replace(part, manifest_path.with_name(manifest["file"]))
-        write_json(manifest_path, manifest)  # last: a manifest that exists points at pixels that are whole
-        if old and old["file"] != manifest["file"]:
-            with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
-                manifest_path.with_name(old["file"]).unlink()
+        with (open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool,
+              progress_bar(len(names), "decoding", "image") as bar):
+            for start in range(0, len(names), 1024):  # in blocks, so that results never pile up in memory
+                block = names[start : start + 1024]
+                file.writelines(pool.map(decode, block))
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        if damaged:
+            shown = "; ".join(sorted(damaged)[:10]) + " ..." * (len(damaged) > 10)
+            print(f"skipped {len(damaged)} of {len(names)} files: {shown}")
+        if len(damaged) == len(names):
+            raise ValueError(f"{source}: none of its {len(names)} image files can be read. {HOW_TO_GET_FACES}")
+        os.replace(part, cache)
     finally:
         part.unlink(missing_ok=True)
-    return manifest
-
-
-def _read_manifest(path: Path) -> dict | None:
-    """The manifest of a cache whose pixels are there and whole, else None."""
-    try:
-        manifest = json.loads(path.read_text())
-        whole = path.with_name(manifest["file"]).stat().st_size == manifest["count"] * 3 * manifest["size"] ** 2
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if whole else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -392,7 +362,7 @@ def download_celeba(folder: str | Path = "data") -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / f"{CELEBA.split('/')[1]}.zip"
-    if archive.exists() and zipfile.is_zipfile(archive):
+    if zipfile.is_zipfile(archive):
         return archive
     if shutil.disk_usage(folder).free < 2e9:
         raise RuntimeError(f"{folder.resolve()} has less than 2 GB free: free some, or name another folder.")
@@ -528,28 +498,18 @@ def toy_faces(n: int, size: int, seed: int = 0) -> Tensor:
     return faces
 
 
-def to_network(images: Tensor, config: Config) -> Tensor:
-    """uint8 (N, 3, S, S) to float in the config's pixel range."""
-    low, high = config.pixel_range
-    return images.float().mul_((high - low) / 255).add_(low)
-
-
-def to_uint8(images: Tensor, config: Config) -> Tensor:
-    """Float in the config's pixel range to uint8 (N, 3, S, S)."""
-    low, high = config.pixel_range
-    return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
-
-
-def real_batches(images: Tensor, config: Config, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches (batch_size, 3, S, S) for the networks; every image once before any comes again."""
-    order = torch.Generator().manual_seed(4 * config.seed + 3)
-    while True:
-        for index in torch.randperm(len(images), generator=order).split(config.batch_size):
-            if len(index) == config.batch_size:
-                yield to_network(images[index.to(images.device)].to(device), config)
-
-
 # ------------------------------------------------------------------------------------------------ models
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
+HEADS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+DECONVS = {4: (4, 2, 1), 2: (2, 2, 0)}  # kernel -> (kernel, stride, padding) that doubles the resolution
+
+
+def channel_ladder(config: Config) -> list[int]:
+    """Channels at 4x4, 8x8, ... up to half the image size: [1024, 512, 256, 128, 64] for 128 px, width 1024."""
+    stages = int(math.log2(config.image_size)) - 2
+    return [max(2, config.width >> stage) for stage in range(stages)]
 
 
 class CSPup(nn.Module):
@@ -608,7 +568,7 @@ class Generator(nn.Module):
             self.stem = nn.ConvTranspose2d(config.z_dim, ladder[0], 4, 1, 0)
         self.blocks = nn.Sequential(*(CSPup(c, out, act, *norms, deconv=double) for c, out in zip(ladder, ladder[1:])))
         self.to_rgb = nn.Sequential(nn.ConvTranspose2d(ladder[-1], 3, *double), HEADS[config.head]())
-        init_weights(self, 4 * config.seed)
+        INITS[config.init](self, 4 * config.seed)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.stem(z[:, :, None, None])                               # (N, width, 4, 4)
@@ -627,7 +587,7 @@ class DCGANGenerator(nn.Module):
             deconv = (4, 2, 1) if layers else (4, 1, 0)
             layers += [nn.ConvTranspose2d(c, out, *deconv, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(ladder[-1], 3, 4, 2, 1), HEADS[config.head]())
-        init_weights(self, 4 * config.seed)
+        INITS[config.init](self, 4 * config.seed)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z[:, :, None, None])                          # (N, 3, S, S)
@@ -637,13 +597,13 @@ class Discriminator(nn.Module):
     """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
 
     Stride-2 convolutions 4x4 down to 4x4 with the generator's widths in reverse, LeakyReLU(0.2), BatchNorm on all
-    but the first, then one convolution over what is left. With `d_stages` fewer of them.
+    but the first, then one convolution over what is left. `d_fewer` of the deepest are left out.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         widths = channel_ladder(config)[::-1]
-        widths = widths[: config.d_stages or len(widths)]
+        widths = widths[: len(widths) - config.d_fewer]
         layers: list[nn.Module] = []
         for c, out in zip([3, *widths], widths):
             layers.append(nn.Conv2d(c, out, 4, 2, 1))
@@ -652,7 +612,7 @@ class Discriminator(nn.Module):
             layers.append(nn.LeakyReLU(0.2, inplace=True))
         self.features = nn.Sequential(*layers)
         self.to_logit = nn.Conv2d(widths[-1], 1, config.image_size >> len(widths))
-        init_weights(self, 4 * config.seed + 1)
+        INITS[config.init](self, 4 * config.seed + 1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.features(images)                                        # (N, width, 4, 4)
@@ -662,7 +622,7 @@ class Discriminator(nn.Module):
 GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
 
 
-def init_weights(network: nn.Module, seed: int) -> None:
+def init_dcgan(network: nn.Module, seed: int) -> None:
     """DCGAN's initialisation: weights N(0, 0.02), BatchNorm scales N(1, 0.02), biases 0; by its own seed."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
@@ -671,6 +631,27 @@ def init_weights(network: nn.Module, seed: int) -> None:
             nn.init.normal_(module.weight, mean, 0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def init_he(network: nn.Module, seed: int) -> None:
+    """He's initialisation (arXiv 1502.01852): weights N(0, gain^2 / inputs), BatchNorm scales 1, biases 0; by its own seed.
+
+    gain^2 is 2 for a convolution and 1 for a deconvolution, which no activation follows. A pixel out of a deconvolution
+    sees only one in stride^2 of the kernel's weights. CSPup adds two branches, so without BatchNorm its activations still
+    grow by 1.7 a block, where DCGAN's shrink to nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            area = module.kernel_size[0] * module.kernel_size[1]
+            is_deconv = isinstance(module, nn.ConvTranspose2d)
+            opens = is_deconv and module.stride[0] == 1  # 1x1 to 4x4: every pixel out sees one weight a channel
+            seen = 1 if opens else area / module.stride[0] ** 2 if is_deconv else area
+            nn.init.normal_(module.weight, 0, math.sqrt((1 if is_deconv else 2) / (module.in_channels * seen)), generator=generator)
+            nn.init.zeros_(module.bias) if module.bias is not None else None
+
+
+INITS = {"dcgan": init_dcgan, "he": init_he}
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -690,37 +671,74 @@ def bce_logits(logits: Tensor, target: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
-LOSSES = {"bce": bce, "bce_logits": bce_logits}
+def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
+    """Mean softplus(lower - higher) over pairs of logits, (N,) each; ln 2 where they do not differ.
+
+    The relativistic pairing (arXiv 1807.00734, 2501.05441): it asks by how much a real image is more real than a
+    generated one, not whether each is on its side of 0, so D cannot win by moving all generated images far away at once.
+    """
+    return F.softplus(lower - higher).mean()
+
+
+# Objectives of D and G from their logits, (N,) each; s is the label smoothing. G's are the non-saturating forms.
+D_LOSSES = {
+    "bce": lambda d_real, d_fake, s: bce(d_real, 1 - s) + bce(d_fake, 0),
+    "bce_logits": lambda d_real, d_fake, s: bce_logits(d_real, 1 - s) + bce_logits(d_fake, 0),
+    "relativistic": lambda d_real, d_fake, s: relativistic(d_real, d_fake),
+}
+G_LOSSES = {
+    "bce": lambda d_real, d_fake: bce(d_fake, 1),
+    "bce_logits": lambda d_real, d_fake: bce_logits(d_fake, 1),
+    "relativistic": lambda d_real, d_fake: relativistic(d_fake, d_real),
+}
+
+
+def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """|grad_x D(x)|^2 of each image (N,): R1 at real images, R2 at generated ones (arXiv 1801.04406, section 4.1).
+
+    logits: (N,) of D at images (N, 3, S, S), which must require a gradient. Keeps the graph, so that D can learn from it.
+    BatchNorm in D would mix the images of a batch into each other's gradient.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  # (N, 3, S, S)
+    return gradient.square().sum(dim=(1, 2, 3))                          # (N,)
 
 
 def equilibrium(config: Config) -> tuple[float, float]:
     """(D loss, G loss) where real and generated images have the same distribution and D is the best it can be.
 
     The best D then says p = (1 - s) / 2 everywhere (Goodfellow 2014, proposition 1, with smoothing s), so without
-    smoothing D's two terms are ln 2 each, and G's one term is ln 2.
+    smoothing D's two terms are ln 2 each, and G's one term is ln 2. The relativistic loss has one term on either side.
     """
+    if config.loss == "relativistic":
+        return math.log(2), math.log(2)
     target = 1 - config.label_smoothing
     p = target / 2
     d_loss = -target * math.log(p) - (1 - target) * math.log(1 - p) - math.log(1 - p)
     return d_loss, -math.log(p)
 
 
-# ---------------------------------------------------------------------------------------- presets
-
-
-BASELINE = Config()
-H1 = BASELINE.but(block_norm="both", block_act="leaky_relu")
-
-PRESETS = {
-    "baseline": BASELINE,
-    "h0_more_epochs": BASELINE.but(epochs=20),
-    "h1_bn_leaky": H1,
-    "h2_l2_big_batch": H1.but(batch_size=2 * H1.batch_size, weight_decay=1e-4),
-    "h3_smooth_tanh": H1.but(label_smoothing=0.1, lr_d=3e-4, lr_g=8e-4, head="tanh"),
-}
-
-
 # ---------------------------------------------------------------------------------------------- training
+
+
+def to_network(images: Tensor, config: Config) -> Tensor:
+    """uint8 (N, 3, S, S) to float in the config's pixel range."""
+    low, high = config.pixel_range
+    return images.float().mul_((high - low) / 255).add_(low)
+
+
+def to_uint8(images: Tensor, config: Config) -> Tensor:
+    """Float in the config's pixel range to uint8 (N, 3, S, S)."""
+    low, high = config.pixel_range
+    return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
+
+def real_batches(images: Tensor, config: Config, device: torch.device) -> Iterator[Tensor]:
+    """Endless batches (batch_size, 3, S, S) for the networks; every image once before any comes again."""
+    order = torch.Generator().manual_seed(4 * config.seed + 3)
+    while True:
+        for index in torch.randperm(len(images), generator=order).split(config.batch_size):
+            if len(index) == config.batch_size:
+                yield to_network(images[index.to(images.device)].to(device), config)
 
 
 @dataclass
@@ -740,30 +758,36 @@ class Run:
 
 
 def d_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, config: Config) -> Tensor:
-    """D: minimise  L(D(real), 1 - s) + L(D(fake), 0)  over D's weights (Goodfellow 2014, algorithm 1).
+    """D: minimise  L_D(D(real), D(fake)) + r1/2 |grad D(real)|^2 + r2/2 |grad D(fake)|^2  over D's weights.
 
-    real, fake: (N, 3, S, S), fake without its graph. Returns detached (3,): the loss, mean logits on real and fake.
+    real, fake: (N, 3, S, S); fake's graph is left alone. L_D is Goodfellow's (2014, algorithm 1) for "bce".
+    Returns detached (4,): the loss without penalties, mean logits on real and fake, the penalties.
     """
     discriminator.train().requires_grad_(True)
-    loss = LOSSES[config.loss]
+    real, fake = real.detach().requires_grad_(config.r1 > 0), fake.detach().requires_grad_(config.r2 > 0)
     d_real = discriminator(real)                                         # (N,)
-    d_fake = discriminator(fake.detach())                                # (N,)
-    d_loss = loss(d_real, 1 - config.label_smoothing) + loss(d_fake, 0)  # ()
+    d_fake = discriminator(fake)                                         # (N,)
+    d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
+    penalty = torch.zeros_like(d_loss)
+    if config.r1:
+        penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
+    if config.r2:
+        penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
     optimizer.zero_grad()
-    d_loss.backward()
+    (d_loss + penalty).backward()
     optimizer.step()
-    return torch.stack([d_loss, d_real.mean(), d_fake.mean()]).detach()  # (3,)
+    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
 
 
-def g_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, fake: Tensor, config: Config) -> Tensor:
-    """G: minimise  L(D(fake), 1)  over G's weights (the non-saturating form, Goodfellow 2014, section 3).
+def g_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, config: Config) -> Tensor:
+    """G: minimise  L_G(D(real), D(fake))  over G's weights (the non-saturating form, Goodfellow 2014, section 3).
 
-    fake: (N, 3, S, S) with its graph. Returns the detached loss, ().
+    real, fake: (N, 3, S, S), fake with its graph; only the relativistic loss looks at real. Returns the detached loss, ().
     """
     discriminator.train().requires_grad_(False)
-    loss = LOSSES[config.loss]
+    d_real = discriminator(real) if config.loss == "relativistic" else None  # (N,)
     d_fake = discriminator(fake)                                         # (N,)
-    g_loss = loss(d_fake, 1)                                             # ()
+    g_loss = G_LOSSES[config.loss](d_real, d_fake)                       # ()
     optimizer.zero_grad()
     g_loss.backward()
     optimizer.step()
@@ -774,9 +798,10 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
           progress: bool = True) -> Run:
     """Train one generator on images, uint8 (N, 3, S, S), and save the run into run_dir.
 
-    An epoch is `config.epoch_images` images. The history has one record for each of at most 400 windows of equal
-    length, with means over the window: step, epoch, images (seen), seconds, d_loss, g_loss, d_real, d_fake (D's mean
-    logits). The same config on the same images and CPU gives the same history, seconds aside.
+    An epoch is `config.epoch_images` images. The history has one record for each of some 200 windows of equal
+    length, with means over the window: step, epoch, images (seen), seconds, d_loss, g_loss, penalty, d_real, d_fake (D's
+    mean logits). The record that ends an epoch also has what `check_up` finds: whether samples collapse. The
+    same config on the same images and CPU gives the same history, seconds aside.
     """
     images = check_images(images, config)
     if run_dir is not None:
@@ -788,6 +813,7 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     generator = GENERATORS[config.generator](config).to(device, memory_format=layout)
     discriminator = Discriminator(config).to(device, memory_format=layout)
+    kept = copy.deepcopy(generator) if config.ema_images else generator
     opt_g = adam(generator, config.lr_g, config)
     opt_d = adam(discriminator, config.lr_d, config)
     batches = real_batches(images, config, device)
@@ -795,37 +821,97 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
 
     epoch_steps = (config.epoch_images or len(images)) // config.batch_size
     steps = config.epochs * epoch_steps
-    windows = {round(k * steps / min(400, steps)) for k in range(1, 401)}
-    run = Run(config, [], generator, [], environment(device))
-    stats = torch.zeros(4, device=device)                                # d_loss, d_real, d_fake, g_loss: sums
-    d_stats = torch.zeros(3, device=device)
+    windows = {round(k * steps / min(200, steps)) for k in range(1, 201)} | {epoch_steps * k for k in range(1, config.epochs + 1)}
+    run = Run(config, [], kept, [], environment(device))
+    stats = torch.zeros(5, device=device)                                # d_loss, d_real, d_fake, penalty, g_loss: sums
+    d_stats = torch.zeros(4, device=device)
     last, start = 0, time.perf_counter()
     with progress_bar(steps, Path(run_dir).name if run_dir else config.label(), "step", progress) as bar:
         for step in range(1, steps + 1):
+            fall = config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = fall * config.lr_g, fall * config.lr_d
             real = next(batches)                                         # (N, 3, S, S)
             z = torch.randn(config.batch_size, config.z_dim, generator=noise, device=device)  # (N, z_dim)
             generator.train()
             fake = generator(z)                                          # (N, 3, S, S)
+            if config.augment:
+                real, fake = diff_augment(real, config, noise), diff_augment(fake, config, noise)
             if (step - 1) % config.d_every == 0:
                 d_stats = d_step(discriminator, opt_d, real, fake, config)
-            g_loss = g_step(discriminator, opt_g, fake, config)
+            g_loss = g_step(discriminator, opt_g, real, fake, config)
+            if config.ema_images:
+                update_ema(kept, generator, config, step)
             stats += torch.cat([d_stats, g_loss[None]])
 
             if step in windows:
-                d_loss, d_real, d_fake, g_mean = (stats / (step - last)).tolist()  # the only wait for the GPU
+                d_loss, d_real, d_fake, penalty, g_mean = (stats / (step - last)).tolist()  # the only wait for the GPU
                 run.history.append({
                     "step": step, "epoch": step / epoch_steps, "images": step * config.batch_size,
-                    "seconds": time.perf_counter() - start, "d_loss": d_loss, "g_loss": g_mean, "d_real": d_real, "d_fake": d_fake,
+                    "seconds": time.perf_counter() - start, "d_loss": d_loss, "g_loss": g_mean, "penalty": penalty,
+                    "d_real": d_real, "d_fake": d_fake,
                 })
                 bar.set_postfix_str(f"D {d_loss:.3f} G {g_mean:.3f}", refresh=False)
                 last = step
                 stats.zero_()
             bar.update()
             if step % epoch_steps == 0:
-                run.snapshots.append((step * config.batch_size, sample(run, 36, seed=0)))
+                run.history[-1].update(check_up(run, discriminator, images, real, fake))
     if run_dir is not None:
         save_run(run, Path(run_dir), fingerprint(images))
     return run
+
+
+def check_up(run: Run, discriminator: nn.Module, images: Tensor, real: Tensor, fake: Tensor) -> dict[str, float]:
+    """The end of an epoch: keeps a snapshot, and returns what the losses do not tell.
+
+    diversity: the collapse alarm, `diversity` of up to 256 samples against as many images; below 0.5 something is wrong.
+    grad_real, grad_fake: mean |grad_x D(x)| at the last batch, the slope that D offers G. real, fake: (N, 3, S, S).
+    """
+    n = min(256, len(images))
+    samples = sample(run, n, seed=0)                                     # (n, 3, S, S)
+    some = images[torch.linspace(0, len(images) - 1, n).long().to(images.device)].cpu()
+    run.snapshots.append((int(run.history[-1]["images"]), samples[:36].clone()))
+    found = {"diversity": diversity(some, samples)}
+    discriminator.requires_grad_(False)
+    for name, x in (("grad_real", real), ("grad_fake", fake)):
+        x = x.detach().requires_grad_(True)
+        found[name] = gradient_penalty(discriminator(x), x).sqrt().mean().item()
+    return found
+
+
+@torch.no_grad()
+def update_ema(mean: nn.Module, network: nn.Module, config: Config, step: int) -> None:
+    """Move the running mean of a network's weights and buffers by one step; after half-life images half is new.
+
+    Early on the half-life is a tenth of the images seen, so that the mean soon forgets the first weights.
+    """
+    half_life = min(config.ema_images, 0.1 * step * config.batch_size)
+    new = 1 - 0.5 ** (config.batch_size / half_life)
+    for a, b in zip((*mean.parameters(), *mean.buffers()), (*network.parameters(), *network.buffers())):
+        a.lerp_(b, new) if a.is_floating_point() else a.copy_(b)
+
+
+def diff_augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """DiffAugment (arXiv 2006.10738): colour, a shift by up to 1/8, half a side cut out; G's gradient passes through.
+
+    images: (N, 3, S, S) in the config's pixel range; each gets its own random numbers from `generator`.
+    """
+    n, _, size, _ = images.shape
+    low, high = config.pixel_range
+    middle, device = (low + high) / 2, images.device
+    brightness, saturation, contrast = torch.rand(3, n, 1, 1, 1, generator=generator, device=device)
+    x = images - middle + (high - low) * (brightness - 0.5) / 2          # (N, 3, S, S), grey is now 0
+    grey = x.mean(dim=1, keepdim=True)                                   # (N, 1, S, S)
+    x = grey + (x - grey) * 2 * saturation
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)                           # (N, 1, 1, 1)
+    x = mean + (x - mean) * (0.5 + contrast)
+    reach, line = size // 8, torch.arange(size, device=device)
+    shift = torch.randint(-reach, reach + 1, (2, n, 1), generator=generator, device=device) + line + reach  # (2, N, S)
+    x = F.pad(x, (reach,) * 4)[torch.arange(n, device=device)[:, None, None], :, shift[0, :, :, None], shift[1, :, None, :]]
+    x = x.permute(0, 3, 1, 2)                                            # (N, 3, S, S)
+    centre = torch.randint(0, size + 1, (2, n, 1), generator=generator, device=device)
+    inside = (line - centre).abs() < size // 4                           # (2, N, S)
+    return x * ~(inside[0, :, :, None] & inside[1, :, None, :])[:, None] + middle
 
 
 def adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
@@ -853,22 +939,57 @@ def sample(run: Run, n: int, seed: int = 0) -> Tensor:
     return torch.cat([to_uint8(run.generator(part.to(device)), run.config).cpu() for part in z.split(256)])
 
 
+# ----------------------------------------------------------------------------------------------- presets
+
+
+BASELINE = Config()
+H1 = BASELINE.but(block_norm="both", block_act="leaky_relu")
+SLOW_D = BASELINE.but(block_norm="right", block_act="tanh", head="tanh", lr_d=2e-5, batch_size=256)
+
+# Every experiment, in the report's order: name -> (config, the preset it is compared with).
+EXPERIMENTS = {
+    "baseline": (BASELINE, "baseline"),
+    "h0_more_epochs": (BASELINE.but(epochs=20), "baseline"),
+    "h1_bn_leaky": (H1, "baseline"),
+    "h2_l2_big_batch": (H1.but(batch_size=2 * H1.batch_size, weight_decay=1e-4), "h1_bn_leaky"),
+    "h3_smooth_tanh": (H1.but(label_smoothing=0.1, lr_d=3e-4, lr_g=8e-4, head="tanh"), "h1_bn_leaky"),
+    # what other students of the course tried
+    "slow_d": (SLOW_D, "baseline"),
+    "slow_d_equal_rates": (SLOW_D.but(lr_d=SLOW_D.lr_g), "slow_d"),  # ours: is it the slow D, or the rest of slow_d?
+    "unit_range": (SLOW_D.but(head="sigmoid"), "slow_d"),
+    "fast_d": (BASELINE.but(block_norm="both", lr_d=2e-3), "baseline"),
+    "low_lr": (BASELINE.but(lr_g=1e-5, lr_d=1e-5), "baseline"),
+    "tanh_block": (BASELINE.but(block_act="tanh", block_norm="right", lr_g=1e-4, lr_d=1e-4), "baseline"),
+    "bce_logits": (BASELINE.but(loss="bce_logits"), "baseline"),
+    "lazy_d": (BASELINE.but(d_every=2), "baseline"),
+    "shallow_d": (BASELINE.but(d_fewer=1), "baseline"),
+    "no_bn_d": (BASELINE.but(d_norm=False, stem="deconv", deconv_kernel=2), "baseline"),
+    "batch_64": (BASELINE.but(batch_size=BASELINE.batch_size // 2), "baseline"),
+    "leaky_block": (BASELINE.but(block_act="leaky_relu"), "baseline"),  # ours: h1 changes two things at once
+    "dcgan": (BASELINE.but(generator="dcgan", lr_g=1e-4, lr_d=1e-4), "baseline"),
+    "adam_default": (BASELINE.but(beta1=0.9), "baseline"),
+    "smooth_labels": (H1.but(label_smoothing=0.1), "h1_bn_leaky"),
+    "tanh_head": (H1.but(head="tanh"), "h1_bn_leaky"),
+    "h3_rates": (H1.but(lr_d=3e-4, lr_g=8e-4), "h1_bn_leaky"),
+}
+PRESETS = {name: config for name, (config, _) in EXPERIMENTS.items()}
+REFERENCES = {name: reference for name, (_, reference) in EXPERIMENTS.items()}
+
+
 # ----------------------------------------------------------------------------------------- saved runs
 
 
-def _code_hash(*parts: Any) -> str:
-    """Eight digits that change with what the code does, not with its comments, docstrings or layout."""
-    layers = [f"{name} {make()!r}" for name, make in (*ACTIVATIONS.items(), *HEADS.items())] + [repr(DECONVS)]
-    trees = [ast.parse(inspect.getsource(part)) for part in parts]
-    for node in [node for tree in trees for node in ast.walk(tree)]:
+def _code_hash() -> str:
+    """Eight digits that change with what makes a run: the sections models, losses and training, comments aside."""
+    source = inspect.getsource(sys.modules[__name__])
+    tree = ast.parse(source[source.index("\nACTIVATIONS") : source.index("\nBASELINE")])
+    for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha1("\n".join([*layers, *map(ast.unparse, trees)]).encode()).hexdigest()[:8]
+    return hashlib.sha1(ast.unparse(tree).encode()).hexdigest()[:8]
 
 
-# What makes a run: networks, losses and training. Taken at import, so that it is of the code that runs.
-CODE = _code_hash(channel_ladder, to_network, real_batches, CSPup, *GENERATORS.values(), Discriminator, init_weights,
-                  *LOSSES.values(), d_step, g_step, train, adam)
+CODE = _code_hash()  # taken at import, so that it is of the code that runs
 
 
 def fingerprint(images: Tensor) -> str:
@@ -924,78 +1045,151 @@ def run_or_load(config: Config, images: Tensor, run_dir: str | Path) -> Run:
 
 # ----------------------------------------------------------------------------------------------- metrics
 
+# Pure functions of uint8 images (N, 3, S, S). What they draw at random depends on `seed` and on the images' content,
+# not on their order and not on the global random state.
+
+
+def hold_out(images: Tensor, share: float = 0.1) -> tuple[Tensor, Tensor]:
+    """(images to train on, images to measure on): the last tenth is never trained on. Views, no copy."""
+    held = round(len(images) * share)
+    if not 0 < held < len(images):
+        raise ValueError(f"share={share} of {len(images)} images leaves none on one side: expected a share between 0 and 1")
+    return images[:-held], images[-held:]
+
 
 def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
     """Sliced Wasserstein distance of Progressive GAN (arXiv 1710.10196, section 5), x1e3; lower is better.
 
     real, fake: uint8 (N, 3, S, S), equally many. Returns {"64": .., "32": .., "16": .., "avg": ..}: the distance
     between 7x7 patches at each level of a Laplacian pyramid, and their mean. Its floor is real against other real
-    images, same count; it falls as N grows. One departure from the authors' code: both sides are cut at the same random
-    places, so that a set is at distance 0 from itself.
+    images, same count; it falls as N grows. Each image's content says where it is cut, so a set is at distance 0 from
+    itself. The normalisation of the patches makes it blind to a colour shift of all images: `coverage` sees that.
     """
     if real.shape != fake.shape or real.dtype != torch.uint8 or fake.dtype != torch.uint8:
         raise ValueError(f"real {real.dtype} {tuple(real.shape)}, fake {fake.dtype} {tuple(fake.shape)}: expected "
                          "uint8 (N, 3, S, S), equally many of equal size")
-    directions = torch.Generator().manual_seed(seed)
-    device = best_device()
-    distances = {}
-    for size, patches in zip(_level_sizes(real), zip(_pyramid_patches(real, seed, device), _pyramid_patches(fake, seed, device))):
-        a, b = patches                                                   # (128 N, 147) each
+    size, random = real.shape[-1], torch.Generator().manual_seed(seed)
+    levels, distances = max(1, int(math.log2(size)) - 3), {}
+    corners = [_corners(images, levels, seed) for images in (real, fake)]
+    for level in range(levels):
+        a, b = (_patches(images, level, corner[level]) for images, corner in zip((real, fake), corners))  # (147, 128 N) each
         repeats = []
         for _ in range(4):
-            d = torch.randn(a.shape[1], 128, generator=directions).to(device)  # (147, 128)
-            d /= d.norm(dim=0)
-            repeats.append((_sorted(d.T @ a.T) - _sorted(d.T @ b.T)).abs().mean().item())  # of (128, 128 N)
-        distances[str(size)] = 1e3 * sum(repeats) / 4
+            d = F.normalize(torch.randn(128, len(a), generator=random), dim=1).to(a.device)  # (128, 147)
+            repeats.append((_sorted(d @ a) - _sorted(d @ b)).abs_().mean().item())  # of (128, 128 N)
+        distances[str(size >> level)] = 1e3 * sum(repeats) / 4
     return {**distances, "avg": sum(distances.values()) / len(distances)}
+
+
+def _keys(images: Tensor, seed: int) -> list[int]:
+    """A random number for each image, from its content and the seed alone; copies of one image get different ones."""
+    salt, copies, keys = seed.to_bytes(8, "little"), Counter(), []
+    for image in images.cpu().contiguous().numpy():
+        key = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8, salt=salt).digest(), "little")
+        keys.append(key + copies[key])
+        copies[key] += 1
+    return keys
+
+
+def _corners(images: Tensor, levels: int, seed: int) -> Tensor:
+    """Upper left corners of 128 random 7x7 patches of each image at each level: (levels, 2, N, 128)."""
+    places = np.stack([np.random.default_rng(key).random((levels, 2, 128), dtype=np.float32) for key in _keys(images, seed)])
+    free = torch.tensor([(images.shape[-1] >> level) - 6 for level in range(levels)])
+    return (torch.from_numpy(places).permute(1, 2, 0, 3) * free.view(-1, 1, 1, 1)).long()
 
 
 def _sorted(rows: Tensor) -> Tensor:
     """Rows sorted. On a CPU by NumPy: torch.sort also makes the indices, and took 10 times as long."""
-    return torch.from_numpy(np.sort(rows.numpy(), axis=1)) if rows.device.type == "cpu" else rows.sort(dim=1).values
+    if rows.device.type == "cpu":
+        rows.numpy().sort(axis=1)
+        return rows
+    return rows.sort(dim=1).values
 
 
-def _level_sizes(images: Tensor) -> list[int]:
-    return [images.shape[-1] >> level for level in range(int(math.log2(images.shape[-1])) - 3)]
+def _patches(images: Tensor, level: int, corner: Tensor) -> Tensor:
+    """7x7 patches of a Laplacian pyramid's level, as columns, normalised per channel over all of them: (147, 128 N).
 
-
-def _pyramid_patches(images: Tensor, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Per level: 128 random 7x7 patches of every image, normalised per channel over all of them, (128 N, 147)."""
+    corner: (2, N, 128), as of `_corners`. Level 0 has the images' size, and the last one (16 px) keeps what is
+    left instead of a difference. Smoothing is with the 5x5 binomial filter and mirrored edges.
+    """
+    device = best_device()
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=device) / 16
     binomial = (row[:, None] * row).expand(3, 1, 5, 5)                   # (3, 1, 5, 5)
 
     def smooth(x: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), binomial, groups=3)
 
-    places = torch.Generator().manual_seed(seed)
-    sizes = _level_sizes(images)
-    x = images.to(device).float()                                        # (N, 3, S, S)
-    for size in sizes:
-        level = x
-        if size > sizes[-1]:
-            x = smooth(x)[:, :, ::2, ::2]                                # (N, 3, S/2, S/2)
-            up = torch.zeros_like(level)
-            up[:, :, ::2, ::2] = x * 4
-            level = level - smooth(up)                                   # (N, 3, S, S): what the half size lost
-        corner = torch.randint(0, size - 6, (2, len(images), 128, 1, 1), generator=places).to(device)
-        span = torch.arange(7, device=device)
-        rows, columns = corner[0] + span[:, None], corner[1] + span      # (N, 128, 7, 1), (N, 128, 1, 7)
-        index = (rows * size + columns).flatten(1)                       # (N, 128 * 49)
-        patches = level.flatten(2).gather(2, index[:, None].expand(-1, 3, -1))  # (N, 3, 128 * 49)
-        std, mean = torch.std_mean(patches, dim=(0, 2), correction=0, keepdim=True)
-        patches = ((patches - mean) / std.clamp(min=1e-3)).view(len(images), 3, 128, 49)  # one even grey has std 0
-        yield patches.transpose(1, 2).reshape(-1, 147)                   # (128 N, 147)
+    span = torch.arange(7)
+    rows, columns = corner[0][..., None, None] + span[:, None], corner[1][..., None, None] + span
+    side, parts = images.shape[-1] >> level, []
+    for chunk, index in zip(images.split(256), (rows * side + columns).flatten(1).split(256)):  # bounds the memory
+        x = chunk.to(device).float()                                     # (n, 3, S, S)
+        for _ in range(level):
+            x = smooth(x)[:, :, ::2, ::2]
+        if side > 16:
+            up = torch.zeros_like(x)
+            up[:, :, ::2, ::2] = 4 * smooth(x)[:, :, ::2, ::2]
+            x = x - smooth(up)                                           # (n, 3, side, side): what half the size loses
+        index = index.to(device)[:, None].expand(-1, 3, -1)              # (n, 3, 128 * 49)
+        parts.append(x.flatten(2).gather(2, index).view(-1, 3, 128, 49).permute(1, 3, 0, 2).flatten(2))  # (3, 49, 128 n)
+    patches = torch.cat(parts, dim=2)                                    # (3, 49, 128 N)
+    std, mean = torch.std_mean(patches, dim=(1, 2), correction=0, keepdim=True)
+    return patches.sub_(mean).div_(std.clamp(min=1e-3)).flatten(0, 1)    # (147, 128 N); one even grey has std 0
+
+
+def ms_ssim(images: Tensor, seed: int = 0) -> float:
+    """Mean multi-scale structural similarity of random pairs, as in Progressive GAN; near the real images' own is right.
+
+    uint8 (N, 3, S, S). Up to 1; higher than real images read means that the samples resemble each other. Five scales
+    (Wang 2003), an 11x11 Gaussian window of sigma 1.5 that shrinks where the image is smaller than it.
+    """
+    if len(images) < 2 or images.dtype != torch.uint8:
+        raise ValueError(f"images {images.dtype} {tuple(images.shape)}: expected uint8 (N, 3, S, S), at least two of them")
+    keys = _keys(images, seed)
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))  # each image is compared with the next in it
+    pairs = zip(images[order].split(256), images[order.roll(-1)].split(256))
+    return torch.cat([_ms_ssim(*(x.to(best_device()).float() for x in pair)) for pair in pairs]).mean().item()
+
+
+def _ms_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """MS-SSIM of each pair (N,) of images in [0, 255], (N, 3, S, S)."""
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    result = torch.ones(len(a), device=a.device)
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    for scale, weight in enumerate(weights):
+        window = min(11, a.shape[-1])
+        at = torch.arange(window, device=a.device) - (window - 1) / 2
+        row = torch.exp(-0.5 * (at / (window * 1.5 / 11)).square())
+        gauss = (row[:, None] * row / row.sum().square()).expand(15, 1, window, window)
+        moments = F.conv2d(torch.cat([a, b, a * a, b * b, a * b], dim=1), gauss, groups=15)
+        mean_a, mean_b, aa, bb, ab = moments.chunk(5, dim=1)             # (N, 3, s, s) each
+        contrast = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a.square() + bb - mean_b.square() + c2)
+        luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+        last = scale == len(weights) - 1
+        value = (luminance * contrast if last else contrast).mean(dim=(1, 2, 3))  # (N,)
+        result = result * value.clamp(min=0) ** weight
+        if not last:
+            a, b = (x if x.shape[-1] == 1 else F.avg_pool2d(x, 2) for x in (a, b))
+    return result
 
 
 def _small(images: Tensor) -> Tensor:
-    """Images averaged down to 16 px, as vectors in [0, 1]: (N, 768)."""
-    return F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1)
+    """Images averaged down to 16 px, as vectors (N, 768) in [0, 255]."""
+    return torch.cat([F.adaptive_avg_pool2d(part.double(), 16).flatten(1) for part in images.split(1024)])
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square differences of pixels in [0, 1] between vectors as of `_small`: (N, M).
+
+    Computed from products, which is fast, and exact: averages of bytes over 2^k pixels are binary fractions, and their
+    products fit a float64. So a copy is at distance 0.
+    """
+    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist") / (255 * math.sqrt(a.shape[1]))
 
 
 def _nearest(points: Tensor, k: int = 1) -> Tensor:
-    """Distance of every point, (N, D), to its k-th nearest other one, (N,)."""
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.fill_diagonal_(math.inf).kthvalue(k, dim=1).values
+    """Distance of every point to its k-th nearest other one, (N,)."""
+    return _distances(points, points).fill_diagonal_(math.inf).kthvalue(k, dim=1).values
 
 
 def diversity(real: Tensor, fake: Tensor) -> float:
@@ -1014,39 +1208,85 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
 
     uint8 (N, 3, S, S) each, compared at 16 px. Real against other real images reads about 0.97.
     """
-    real_small, fake_small = _small(real), _small(fake)
-    nearest_fake = torch.cdist(real_small, fake_small).min(dim=1).values  # (N,)
-    return (nearest_fake <= _nearest(real_small, k)).float().mean().item()
+    if len(real) <= k:
+        raise ValueError(f"{len(real)} real images: expected more than k={k}")
+    distances, _ = nearest_real(real, fake)
+    return (distances <= _nearest(_small(real), k)).float().mean().item()
 
 
-def two_sets(images: Tensor, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two disjoint random sets of n images each, uint8 (n, 3, S, S)."""
-    if len(images) < 2 * n:
-        raise ValueError(f"n={n}: two disjoint sets take {2 * n} images, there are {len(images)}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[:n].sort().values].cpu(), images[order[n : 2 * n].sort().values].cpu()
+def nearest_real(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """(distances, indices), (N,) each: the image of `real` nearest to each of `fake`, to see whether G has memorised.
 
-
-def floor(images: Tensor, n: int = 1024, seed: int = 0) -> dict[str, Any]:
-    """What every metric reads on n real images against n others: the reference of `evaluate`."""
-    real, other = two_sets(images, n, seed)
-    return {"swd_floor": sliced_wasserstein(real, other, seed), "diversity_real": diversity(real, other),
-            "coverage_real": coverage(real, other)}
-
-
-def evaluate(run: Run, images: Tensor, seed: int = 0, n: int = 1024, reference: dict | None = None) -> dict[str, Any]:
-    """One record of results/table.json: every metric of n samples against n images, each with its floor.
-
-    reference: `floor(images, n, seed)` where it is at hand already, since it costs as much as the rest.
+    uint8 (N, 3, S, S) and (M, 3, S, S), root mean square difference of pixels in [0, 1] at 16 px. A copy is at 0.
+    How near is too near, held-out real images tell, in the place of `fake`.
     """
-    real, _ = two_sets(images, n, seed)
-    fake = sample(run, n, seed)                                          # (n, 3, S, S)
+    points = _small(fake)                                                # (N, 768)
+    best, index = torch.full((len(points),), math.inf).double(), torch.zeros(len(points), dtype=torch.long)
+    for start in range(0, len(real), 8192):  # in chunks: 200,000 images would be 1.2 GB of points
+        distance, at = _distances(points, _small(real[start : start + 8192].cpu())).min(dim=1)
+        index = torch.where(distance < best, at + start, index)
+        best = torch.minimum(best, distance)
+    return best, index
+
+
+def fid_kid(real: Tensor, fake: Tensor) -> dict[str, Any]:
+    """{"fid": .., "kid": .., "no_fid": ""} by torch-fidelity; {"fid": None, "kid": None, "no_fid": why} where it cannot.
+
+    uint8 (N, 3, S, S) each; both lower is better. They need `pip install torch-fidelity` and its Inception weights, which
+    it downloads. Fewer than about 10,000 images of each side bias FID upwards; KID is unbiased.
+    """
+    try:
+        from torch_fidelity import calculate_metrics
+
+        sides = [torch.utils.data.Subset(images, range(len(images))) for images in (real, fake)]  # a Dataset of uint8 (3, S, S)
+        found = calculate_metrics(input1=sides[0], input2=sides[1], fid=True, kid=True, kid_subset_size=min(1000, len(real)),
+                                  cuda=best_device().type == "cuda", cache=False, verbose=False)
+    except Exception as error:  # not installed, or no network for the weights: the report goes on without
+        return {"fid": None, "kid": None, "no_fid": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"], "no_fid": ""}
+
+
+def pick(images: Tensor, n: int, seed: int = 0) -> Tensor:
+    """n of the images at random, uint8 (n, 3, S, S) on the CPU, in the order they had."""
+    if len(images) < n:
+        raise ValueError(f"n={n}: there are only {len(images)} images")
+    index = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    return images[index.to(images.device)].cpu()
+
+
+def floor(images: Tensor, other: Tensor | None = None, n: int = 1024, seed: int = 0) -> dict[str, Any]:
+    """What every metric reads on real images: n of `images` against n of `other`, the reference of `evaluate`.
+
+    other: real images too; None splits `images` in two disjoint halves. n is lowered to what there is.
+    """
+    if other is None:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        images, other = (images[half.sort().values] for half in (order[: len(order) // 2], order[len(order) // 2 :]))
+    n = min(n, len(images), len(other))
+    real, other = pick(images, n, seed), pick(other, n, seed)
+    found = measure(real, other, seed)
+    return {"swd_floor": found["swd"], "ms_ssim_real": ms_ssim(real, seed), "diversity_real": found["diversity"],
+            "coverage_real": found["coverage"], "fid_floor": found["fid"], "kid_floor": found["kid"], "measured_on": n}
+
+
+def measure(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, Any]:
+    """Every metric of fake against as many real images, uint8 (N, 3, S, S) each."""
+    return {"swd": sliced_wasserstein(real, fake, seed), "ms_ssim": ms_ssim(fake, seed), "diversity": diversity(real, fake),
+            "coverage": coverage(real, fake), **fid_kid(real, fake)}
+
+
+def evaluate(run: Run, images: Tensor, seed: int = 0, reference: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One record of results/table.json: every metric of samples against images the run was not trained on, with its floor.
+
+    reference: `floor(images, ...)`, which says on how many images to measure; None takes halves of `images`.
+    """
+    reference = reference or floor(images, seed=seed)
+    n = reference["measured_on"]
     last = run.history[-max(1, len(run.history) // 20) :]  # the last twentieth: one window alone is noisy
     return {
         "image_size": run.config.image_size, "width": run.config.width, "seed": run.config.seed,
-        "images_seen": int(run.history[-1]["images"]), "measured_on": n,
-        "swd": sliced_wasserstein(real, fake, seed), "diversity": diversity(real, fake), "coverage": coverage(real, fake),
-        **(reference or floor(images, n, seed)),
+        "images_seen": int(run.history[-1]["images"]), "parameters": sum(p.numel() for p in run.generator.parameters()),
+        **measure(pick(images, n, seed), sample(run, n, seed), seed), **reference,
         "d_loss": sum(r["d_loss"] for r in last) / len(last), "g_loss": sum(r["g_loss"] for r in last) / len(last),
         "seconds": run.seconds, **run.environment,
     }
@@ -1082,45 +1322,101 @@ def show_images(images: Tensor, title: str = "", columns: int = 12, width: float
 
 
 def plot_losses(run: Run, title: str = "") -> Figure:
-    """D and G losses with the values they should approach, and D's mean logits on real and generated images."""
-    seen = [record["images"] / 1000 for record in run.history]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for key, name, level, colour in zip(("d_loss", "g_loss"), "DG", equilibrium(run.config), ("C0", "C1")):
-        left.plot(seen, [record[key] for record in run.history], colour, lw=1, label=f"{name} loss")
-        left.axhline(level, color=colour, ls="--", lw=1, label=f"equilibrium, {level:.2f}")
-    left.set(title=title, ylabel="loss (nats)", ylim=(0, None))
-    for key, name, colour in (("d_real", "real", "C2"), ("d_fake", "generated", "C3")):
-        right.plot(seen, [record[key] for record in run.history], colour, lw=1, label=f"{name} images")
-    right.axhline(0, color="grey", ls="--", lw=1, label="D cannot tell")
-    right.set(title="what D says (mean logit)", ylabel="logit")
-    for ax in (left, right):
-        ax.set_xlabel("thousand images seen")
-        ax.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.36))
+    """Losses of D and G with the values they should approach, D's mean logits, the collapse alarm, and D's slope."""
+    epochs = [record for record in run.history if "diversity" in record]
+    d_level, g_level = equilibrium(run.config)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, height_ratios=(2, 1))
+
+    def curves(ax: Any, records: list, marker: str, **lines: tuple[str, str]) -> None:
+        for key, (name, colour) in lines.items():
+            ax.plot([r["images"] / 1000 for r in records], [r[key] for r in records], colour, marker=marker, ms=4, lw=1, label=name)
+
+    curves(axes[0, 0], run.history, "", d_loss=("D", "C0"), g_loss=("G", "C1"))
+    axes[0, 0].axhline(d_level, color="C0", ls="--", lw=1, label=f"equilibrium D, {d_level:.2f}")
+    axes[0, 0].axhline(g_level, color="C1", ls="--" if g_level != d_level else ":", lw=1, label=f"equilibrium G, {g_level:.2f}")
+    axes[0, 0].set(title=title or "losses", ylabel="loss (nats)", ylim=(0, None))
+    curves(axes[0, 1], run.history, "", d_real=("real images", "C2"), d_fake=("generated images", "C3"))
+    axes[0, 1].axhline(0, color="grey", ls="--", lw=1)
+    axes[0, 1].set(title="what D says: mean logit", ylabel="logit")
+    curves(axes[1, 0], epochs, "o", diversity=("diversity of 256 samples", "C4"))
+    axes[1, 0].axhspan(0, 0.3, color="C3", alpha=0.15, lw=0, label="collapsed")
+    axes[1, 0].axhline(1, color="C4", ls="--", lw=1, label="as real images")
+    axes[1, 0].set(ylabel="diversity", ylim=(0, None))
+    curves(axes[1, 1], epochs, "o", grad_real=("at real images", "C2"), grad_fake=("at generated images", "C3"))
+    axes[1, 1].set(ylabel="slope of D,\nmean |grad D|", ylim=(0, None))
+    for ax in axes.flat:
+        ax.legend(frameon=False, fontsize=7.5, ncols=2)
         ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[1]:
+        ax.set_xlabel("thousand images seen")
     return figure
 
 
-def compare(runs: dict[str, Run], n: int = 10, seed: int = 0) -> Figure:
+def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
     """One row of n samples for each run, the same noise in every row."""
-    figure = Figure(figsize=(10, 8.6 / n * len(runs)), layout="constrained")
+    figure = Figure(figsize=(10, 8.0 / n * len(runs)), layout="constrained")
     for ax, (name, run) in zip(figure.subplots(len(runs), 1, squeeze=False)[:, 0], runs.items()):
         ax.imshow(make_grid(sample(run, n, seed), nrow=n, padding=1, pad_value=255).permute(1, 2, 0).numpy())
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     return figure
 
 
+def by_preset(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{preset: its records, one for each seed}, in the order of first appearance."""
+    return {name: [r for r in records if r["preset"] == name] for name in dict.fromkeys(r["preset"] for r in records)}
+
+
+def plot_scores(records: list[dict[str, Any]]) -> Figure:
+    """Who collapsed and who came near, at a glance: diversity and SWD of every preset, a dot for each seed."""
+    groups = sorted(by_preset(records).items(), key=lambda item: -np.mean([r["swd"]["avg"] for r in item[1]]))
+    level = records[0]["swd_floor"]["avg"]
+    figure = Figure(figsize=(10, 0.9 + 0.26 * len(groups)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row, (_, group) in enumerate(groups):
+        for ax, values in ((left, [r["diversity"] for r in group]), (right, [r["swd"]["avg"] for r in group])):
+            colour = "C3" if max(r["diversity"] for r in group) < 0.3 else "C0"
+            ax.plot(values, [row] * len(values), color=colour, marker="o", ms=5, lw=1.5, alpha=0.8)
+    left.set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=9)
+    left.axvspan(0, 0.3, color="C3", alpha=0.12, lw=0)
+    left.text(0.15, len(groups) - 0.35, "collapsed", color="C3", ha="center", fontsize=9)
+    left.axvline(1, color="grey", ls="--", lw=1)
+    left.set(xlabel="diversity of samples: 1 is as real images", xlim=(0, None), ylim=(-0.7, len(groups) + 0.4))
+    right.axvline(level, color="grey", ls="--", lw=1)
+    right.text(level * 1.05, len(groups) - 0.35, "real images", color="grey", fontsize=9)
+    right.set(xlabel="SWD x1e3, lower is better", xscale="log")
+    for ax in (left, right):
+        ax.grid(axis="y", lw=0.4, alpha=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def spread(values: list[float], digits: int) -> str:
+    """'87.0 ± 3.1': the mean and half the range, the range being from the lowest to the highest seed."""
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{half}"
+
+
 def results_table(records: list[dict[str, Any]]) -> str:
-    """Markdown of records as `evaluate` returns them, each with a `preset`: direction and reference in the header."""
+    """Markdown of records as `evaluate` returns them, each with a `preset` and, where it has one, a `difference`.
+
+    One row for each preset, mean ± half the range over its seeds; direction and reference in the header.
+    """
     first = records[0]
     lines = [
-        f"| preset | images seen | SWD x1e3 ↓ (real: {first['swd_floor']['avg']:.1f}) | diversity → 1 | "
-        f"coverage ↑ (real: {first['coverage_real']:.2f}) | D loss | G loss | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| preset | difference | seeds | images seen | SWD x1e3 ↓ (real: {first['swd_floor']['avg']:.1f}) | diversity → 1 | "
+        f"coverage ↑ (real: {first['coverage_real']:.2f}) | MS-SSIM → {first['ms_ssim_real']:.2f} | FID ↓ | D loss | G loss | "
+        "seconds | parameters of G |",
+        "|---|---|" + "---:|" * 11,
     ]
-    for r in records:
-        lines.append(f"| `{r['preset']}` | {r['images_seen']:,} | {r['swd']['avg']:.1f} | {r['diversity']:.2f} | "
-                     f"{r['coverage']:.2f} | {r['d_loss']:.2f} | {r['g_loss']:.2f} | {r['seconds']:.0f} |")
-    return "\n".join(lines)
+    for name, group in by_preset(records).items():
+        swd, fid = [r["swd"]["avg"] for r in group], [r["fid"] for r in group if r["fid"] is not None]
+        cells = [f"`{name}`", group[0].get("difference", ""), len(group), f"{group[0]['images_seen']:,}", spread(swd, 1)]
+        cells += [spread([r[key] for r in group], 2) for key in ("diversity", "coverage", "ms_ssim")]
+        cells += [spread(fid, 1) if fid else "—", *(spread([r[key] for r in group], 2) for key in ("d_loss", "g_loss"))]
+        cells += [f"{np.mean([r['seconds'] for r in group]):.0f}", f"{group[0]['parameters']:,}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    reasons = {r["no_fid"] for r in records if r["fid"] is None}
+    return "\n".join(lines) + "".join(f"\n\nFID and KID: — ({reason})" for reason in reasons)

@@ -8,13 +8,31 @@ import torch
 import cspgan as cs
 from cspgan import BASELINE, PRESETS, Config
 
-CHANGES = {  # the issue's five sections, written out independently of the module
+H1 = {"block_norm": "both", "block_act": "leaky_relu"}
+SLOW_D = {"lr_d": 2e-5, "head": "tanh", "block_norm": "right", "block_act": "tanh", "batch_size": 256}
+CHANGES = {  # the assignment's sections and the other students' experiments, written out independently of the module
     "baseline": {},
     "h0_more_epochs": {"epochs": 20},
-    "h1_bn_leaky": {"block_norm": "both", "block_act": "leaky_relu"},
-    "h2_l2_big_batch": {"block_norm": "both", "block_act": "leaky_relu", "batch_size": 256, "weight_decay": 1e-4},
-    "h3_smooth_tanh": {"block_norm": "both", "block_act": "leaky_relu", "label_smoothing": 0.1, "lr_d": 3e-4,
-                       "lr_g": 8e-4, "head": "tanh"},
+    "h1_bn_leaky": H1,
+    "h2_l2_big_batch": {**H1, "batch_size": 256, "weight_decay": 1e-4},
+    "h3_smooth_tanh": {**H1, "label_smoothing": 0.1, "lr_d": 3e-4, "lr_g": 8e-4, "head": "tanh"},
+    "slow_d": SLOW_D,
+    "slow_d_equal_rates": {key: value for key, value in SLOW_D.items() if key != "lr_d"},
+    "unit_range": {key: value for key, value in SLOW_D.items() if key != "head"},
+    "fast_d": {"lr_d": 2e-3, "block_norm": "both"},
+    "low_lr": {"lr_g": 1e-5, "lr_d": 1e-5},
+    "tanh_block": {"block_act": "tanh", "block_norm": "right", "lr_g": 1e-4, "lr_d": 1e-4},
+    "bce_logits": {"loss": "bce_logits"},
+    "lazy_d": {"d_every": 2},
+    "shallow_d": {"d_fewer": 1},
+    "no_bn_d": {"d_norm": False, "stem": "deconv", "deconv_kernel": 2},
+    "batch_64": {"batch_size": 64},
+    "leaky_block": {"block_act": "leaky_relu"},
+    "dcgan": {"generator": "dcgan", "lr_g": 1e-4, "lr_d": 1e-4},
+    "adam_default": {"beta1": 0.9},
+    "smooth_labels": {**H1, "label_smoothing": 0.1},
+    "tanh_head": {**H1, "head": "tanh"},
+    "h3_rates": {**H1, "lr_d": 3e-4, "lr_g": 8e-4},
 }
 
 
@@ -31,6 +49,12 @@ def test_preset_changes_exactly_what_it_names(name):
     assert {key: new for key, (_, new) in PRESETS[name].differences(BASELINE).items()} == CHANGES[name]
 
 
+def test_every_preset_is_listed_here_and_has_a_reference_that_ran_before_it():
+    assert list(PRESETS) == list(CHANGES) == list(cs.REFERENCES)
+    names = list(PRESETS)
+    assert all(names.index(reference) < names.index(name) for name, reference in cs.REFERENCES.items() if name != "baseline")
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_preset_trains_two_steps(name, toys, tiny):
     small = PRESETS[name].but(image_size=16, width=16, z_dim=8, epochs=1, batch_size=PRESETS[name].batch_size // 8,
@@ -38,8 +62,10 @@ def test_preset_trains_two_steps(name, toys, tiny):
     run = cs.train(small, toys, progress=False)
     assert [record["step"] for record in run.history] == [1, 2]
     assert all(torch.tensor([*record.values()]).isfinite().all() for record in run.history)
-    fresh = cs.Generator(small).state_dict()
-    assert any(not torch.equal(fresh[key], value) for key, value in run.generator.state_dict().items())
+    fresh = cs.GENERATORS[small.generator](small).state_dict()
+    state = run.generator.state_dict()
+    assert state.keys() == cs.GENERATORS[small.generator](small).state_dict().keys()
+    assert any(not torch.equal(fresh[key], value) for key, value in state.items())
 
 
 def test_label_is_the_difference():
@@ -68,7 +94,12 @@ def test_config_is_frozen():
     ({"lr_g": -1e-4}, ["lr_g=-0.0001"]),
     ({"lr_g": float("nan")}, ["lr_g=nan"]),
     ({"label_smoothing": 1.5}, ["label_smoothing=1.5", "below 1"]),
-    ({"d_stages": 9}, ["d_stages=9", "at most 5"]),
+    ({"d_fewer": 5}, ["d_fewer=5", "has 5"]),
+    ({"init": "xavier"}, ["'xavier'", "'he'"]),
+    ({"loss": "hinge"}, ["'hinge'", "'relativistic'"]),
+    ({"augment": 1}, ["augment=1"]),
+    ({"lr_end": 2.0}, ["lr_end=2.0", "0 to 1"]),
+    ({"r1": -1}, ["r1=-1"]),
     ({"epoch_images": 5}, ["epoch_images=5", "128"]),
 ])
 def test_wrong_values_are_named_with_the_legal_ones(changes, words):

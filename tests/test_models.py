@@ -95,9 +95,11 @@ def test_options_change_the_network():
     assert isinstance(Generator(config.but(stem="deconv")).stem, nn.ConvTranspose2d)
     assert count(Generator(config.but(deconv_kernel=2))) < count(Generator(config))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in Discriminator(config.but(d_norm=False)).modules())
-    shallow = Discriminator(config.but(d_stages=2))
+    shallow = Discriminator(config.but(d_fewer=1))
     assert sum(isinstance(m, nn.Conv2d) for m in shallow.modules()) == 3
     assert shallow(torch.randn(2, 3, 32, 32)).shape == (2,)
+    assert all(cs.Discriminator(cs.BASELINE.but(image_size=size, width=16, d_fewer=1))(torch.randn(2, 3, size, size)).shape == (2,)
+               for size in (16, 64))
     norms = {norm: sum(isinstance(m, nn.BatchNorm2d) for m in Generator(config.but(block_norm=norm)).modules())
              for norm in ("none", "right", "both")}
     assert norms == {"none": 0, "right": 9, "both": 12}  # three blocks of three and of four
@@ -146,6 +148,20 @@ def test_weights_are_initialised_as_dcgan_does():
     assert abs(weights.mean()) < 1e-3 and abs(weights.std() - 0.02) < 1e-3
     assert abs(scales.mean() - 1) < 5e-3 and abs(scales.std() - 0.02) < 5e-3
     assert not biases.any()
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_he_keeps_the_scale_of_activations_and_dcgan_does_not(size):
+    """From noise of size 1, G's images grow by at most 1.8 a block and D's logits stay of size 1; DCGAN's 0.02 shrinks both."""
+    sizes = {}
+    for init in ("he", "dcgan"):
+        config = BASELINE.but(image_size=size, width=128, block_act="leaky_relu", d_norm=False, init=init)
+        generator, discriminator = Generator(config), Discriminator(config)
+        generator.to_rgb[1] = nn.Identity()
+        images = generator(torch.randn(64, 100))
+        sizes[init] = images.std().item(), discriminator(torch.randn(64, 3, size, size)).square().mean().sqrt().item()
+    assert 0.5 < sizes["he"][0] < 1.8 ** (len(cs.channel_ladder(config)) + 1) and 0.4 < sizes["he"][1] < 3
+    assert sizes["dcgan"][0] < 0.05 and sizes["dcgan"][1] < 0.2
 
 
 def test_weights_follow_the_seed_alone():
