@@ -33,6 +33,8 @@ CHANGES = {  # the assignment's sections and the other students' experiments, wr
     "smooth_labels": {**H1, "label_smoothing": 0.1},
     "tanh_head": {**H1, "head": "tanh"},
     "h3_rates": {**H1, "lr_d": 3e-4, "lr_g": 8e-4},
+    "converged": {**H1, "loss": "relativistic", "r1": 2.0, "r2": 2.0, "d_norm": False, "init": "he", "head": "tanh",
+                  "beta1": 0.0, "beta2": 0.9, "lr_g": 1e-3, "lr_d": 1e-3, "lr_end": 0.1, "ema_images": 20_000},
 }
 
 
@@ -55,10 +57,18 @@ def test_every_preset_is_listed_here_and_has_a_reference_that_ran_before_it():
     assert all(names.index(reference) < names.index(name) for name, reference in cs.REFERENCES.items() if name != "baseline")
 
 
-@pytest.mark.parametrize("name", CHANGES)
+def test_ablations_change_one_part_of_converged():
+    changed = [cs.ABLATIONS[name].differences(PRESETS["converged"]) for name in cs.ABLATIONS]
+    assert all(changed) and len({repr(change) for change in changed}) == len(changed)
+    assert {name: set(c) for name, c in zip(cs.ABLATIONS, changed) if len(c) > 1} == {
+        "without_penalties": {"r1", "r2"}, "with_course_adam": {"lr_g", "lr_d", "beta1", "beta2", "lr_end"}}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *cs.ABLATIONS])
 def test_preset_trains_two_steps(name, toys, tiny):
-    small = PRESETS[name].but(image_size=16, width=16, z_dim=8, epochs=1, batch_size=PRESETS[name].batch_size // 8,
-                              epoch_images=2 * PRESETS[name].batch_size // 8)
+    preset = {**PRESETS, **cs.ABLATIONS}[name]
+    small = preset.but(image_size=16, width=16, z_dim=8, epochs=1, batch_size=preset.batch_size // 8,
+                       epoch_images=2 * preset.batch_size // 8)
     run = cs.train(small, toys, progress=False)
     assert [record["step"] for record in run.history] == [1, 2]
     assert all(torch.tensor([*record.values()]).isfinite().all() for record in run.history)
