@@ -112,6 +112,12 @@ def test_nearest_real_finds_the_memorised(halves):
     assert distance.tolist() == pytest.approx([x.item() for x in slow], rel=1e-4)
 
 
+def test_nearest_real_counts_on_past_its_first_chunk():
+    many = torch.randint(0, 256, (8300, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    distance, index = cs.nearest_real(many[[8250, 3]], many)
+    assert index.tolist() == [8250, 3] and not distance.any()
+
+
 def test_one_constant_image_has_a_finite_distance(halves):
     grey = torch.full_like(halves[0], 128)
     assert 0 < cs.sliced_wasserstein(halves[0], grey)["avg"] < 1e4

@@ -164,14 +164,26 @@ def test_ema_is_the_running_mean_of_weights_and_buffers(tiny, toys, monkeypatch)
     assert not same(states[-1], run.generator)
 
 
-def test_learning_rates_fall_on_a_half_cosine(tiny, toys, monkeypatch):
-    rates, step = [], cs.g_step
-    monkeypatch.setattr(cs, "g_step", lambda d, optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]) or step(d, optimizer, *rest))
-    cs.train(tiny.but(lr_end=0.1, epoch_images=16 * 10, lr_g=1e-3), toys, progress=False)
+@pytest.mark.parametrize("network", ["d", "g"])
+def test_learning_rates_fall_on_a_half_cosine(tiny, toys, monkeypatch, network):
+    rates, step = [], getattr(cs, f"{network}_step")
+    monkeypatch.setattr(cs, f"{network}_step", lambda d, optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]) or step(d, optimizer, *rest))
+    cs.train(tiny.but(lr_end=0.1, epoch_images=16 * 10, lr_g=1e-3, lr_d=1e-3), toys, progress=False)
     assert rates == pytest.approx([1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 10))) for k in range(10)])
     rates.clear()
     cs.train(tiny, toys, progress=False)
     assert set(rates) == {tiny.lr_g}
+
+
+def test_augmentation_is_of_real_and_generated_images_in_both_steps(tiny, toys, monkeypatch):
+    made, seen = [], []
+    monkeypatch.setattr(cs, "diff_augment", lambda images, *rest: made.append(images * 1) or made[-1])
+    for name in ("d_step", "g_step"):
+        step = getattr(cs, name)
+        monkeypatch.setattr(cs, name, lambda d, optimizer, real, fake, config, step=step: (
+            seen.append(real is made[-2] and fake is made[-1]) or step(d, optimizer, real, fake, config)))
+    cs.train(tiny.but(augment=True), toys, progress=False)
+    assert len(made) == 4 and seen == [True] * 4
 
 
 @pytest.mark.parametrize("head", ["tanh", "sigmoid"])
@@ -186,6 +198,8 @@ def test_augmentation_changes_images_and_lets_gradients_through(tiny, toys, head
     first.sum().backward()
     assert (images.grad.flatten(1).abs().sum(1) > 0).all()
     assert len({tuple(image) for image in erased.flatten(1).tolist()}) > 32  # each image has numbers of its own
+    even = cs.diff_augment(torch.full((64, 3, 16, 16), 0.3), config, torch.Generator().manual_seed(1))
+    assert len({round((image - (low + high) / 2).abs().max().item(), 4) for image in even}) > 32
 
 
 def test_augmentation_shifts_by_at_most_an_eighth(tiny):
