@@ -5,9 +5,10 @@ The report that uses all of it is gan_hw.ipynb. Every experiment is one line:
 
     run = train(BASELINE.but(block_norm="both", block_act="leaky_relu"), images, "results/my_idea")
 
-Measured (results/table.json; aligned64.zip, 64 px, width 128, one CPU core, PyTorch 2.15.0, one seed, so no spread
-yet): of the course's five recipes `h1_bn_leaky` comes closest to real faces, SWD 85 against 245 for the plain baseline and
-9 for real faces among themselves. None of the five converges.
+Measured (results/table.json; 900 held-out faces of aligned64.zip at 32 px, width 64, 64,000 images seen, one CPU core,
+PyTorch 2.15.0; SWD x1e3, lower is better, mean and half the range over seeds): `converged` 34 ± 4 with 0.92 ± 0.01 of the
+real diversity (3 seeds); the best of 22 other recipes, `fast_d`, 47 ± 7 with 0.84 ± 0.01 (2 seeds); the course's baseline
+483 ± 73, collapsed; real faces among themselves 11.
 """
 
 from __future__ import annotations
@@ -1091,7 +1092,7 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, f
         repeats = []
         for _ in range(4):
             d = F.normalize(torch.randn(128, len(a), generator=random), dim=1).to(a.device)  # (128, 147)
-            repeats.append((_sorted(d @ a) - _sorted(d @ b)).abs_().mean().item())  # of (128, 128 N)
+            repeats.append(_sorted(d @ a).sub_(_sorted(d @ b)).abs_().mean().item())  # of (128, 128 N)
         distances[str(size >> level)] = 1e3 * sum(repeats) / 4
     return {**distances, "avg": sum(distances.values()) / len(distances)}
 
@@ -1137,7 +1138,8 @@ def _patches(images: Tensor, level: int, corner: Tensor) -> Tensor:
 
     span = torch.arange(7)
     rows, columns = corner[0][..., None, None] + span[:, None], corner[1][..., None, None] + span
-    side, parts = images.shape[-1] >> level, []
+    side, done = images.shape[-1] >> level, 0
+    patches = torch.empty(3, 49, 128 * len(images), device=device)       # (3, 49, 128 N)
     for chunk, index in zip(images.split(256), (rows * side + columns).flatten(1).split(256)):  # bounds the memory
         x = chunk.to(device).float()                                     # (n, 3, S, S)
         for _ in range(level):
@@ -1147,8 +1149,9 @@ def _patches(images: Tensor, level: int, corner: Tensor) -> Tensor:
             up[:, :, ::2, ::2] = 4 * smooth(x)[:, :, ::2, ::2]
             x = x - smooth(up)                                           # (n, 3, side, side): what half the size loses
         index = index.to(device)[:, None].expand(-1, 3, -1)              # (n, 3, 128 * 49)
-        parts.append(x.flatten(2).gather(2, index).view(-1, 3, 128, 49).permute(1, 3, 0, 2).flatten(2))  # (3, 49, 128 n)
-    patches = torch.cat(parts, dim=2)                                    # (3, 49, 128 N)
+        cut = x.flatten(2).gather(2, index).view(-1, 3, 128, 49).permute(1, 3, 0, 2).flatten(2)  # (3, 49, 128 n)
+        patches[:, :, done : done + cut.shape[2]] = cut
+        done += cut.shape[2]
     std, mean = torch.std_mean(patches, dim=(1, 2), correction=0, keepdim=True)
     return patches.sub_(mean).div_(std.clamp(min=1e-3)).flatten(0, 1)    # (147, 128 N); one even grey has std 0
 
@@ -1372,7 +1375,8 @@ def plot_losses(run: Run, title: str = "") -> Figure:
 
 def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
     """One row of n samples for each run, the same noise in every row."""
-    figure = Figure(figsize=(10, 7.4 / n * len(runs)), layout="constrained")
+    figure = Figure(figsize=(10, 8.1 / n * len(runs)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.01, hspace=0)
     for ax, (name, run) in zip(figure.subplots(len(runs), 1, squeeze=False)[:, 0], runs.items()):
         ax.imshow(make_grid(sample(run, n, seed), nrow=n, padding=1, pad_value=255).permute(1, 2, 0).numpy())
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
