@@ -80,7 +80,7 @@ def test_every_hypothesis_shows_losses_samples_and_a_finding(notebook):
     for name in FIVE:
         cells = [cell for cell in code_cells(notebook) if f'"{name}"' in cell.source]
         assert any(f'experiment("{name}")' in cell.source and pictures(cell) == 1 for cell in cells)
-        assert any(f'samples("{name}")' in cell.source and pictures(cell) == 1 for cell in cells)
+        assert any(f'samples(runs["{name}"], "{name}")' in cell.source and pictures(cell) == 1 for cell in cells)
         assert any("Finding." in output.get("data", {}).get("text/markdown", "") for cell in cells for output in cell.outputs)
 
 
