@@ -345,11 +345,11 @@ def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     with open(part, "w") as file:
-        json.dump(value, file, indent=1)
+        json.dump(value, file, indent=indent)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -1032,7 +1032,7 @@ def save_run(run: Run, run_dir: Path, data: str) -> None:
     torch.save(state, part)
     os.replace(part, run_dir / "run.pt")
     write_json(run_dir / "history.json", {"config": state["config"], "data": data, "environment": run.environment,
-                                          "history": run.history})
+                                          "history": run.history}, indent=None)  # 200 records: a line, not 2,000
 
 
 def run_or_load(config: Config, images: Tensor, run_dir: str | Path) -> Run:

@@ -160,13 +160,10 @@ def test_unequal_sets_are_refused(faces):
 def test_hold_out_and_floor_share_no_image(faces, monkeypatch):
     train, held = cs.hold_out(faces)
     assert len(held) == 26 and torch.equal(torch.cat([train, held]), faces)
-    seen = []
-    monkeypatch.setattr(cs, "measure", lambda real, other, seed: seen.extend((real, other)) or cs_measure(real, other, seed))
+    seen, measure = [], cs.measure
+    monkeypatch.setattr(cs, "measure", lambda real, other, seed: seen.extend((real, other)) or measure(real, other, seed))
     cs.floor(faces)
     assert len({tuple(image) for image in torch.cat(seen).flatten(1).tolist()}) == 256
-
-
-cs_measure = cs.measure
 
 
 # ------------------------------------------------------------- references

@@ -30,22 +30,15 @@ def pair(request, tiny):
     return config, cs.Generator(config), cs.Discriminator(config)
 
 
-def test_d_step_leaves_g_untouched(pair, toys):
+@pytest.mark.parametrize("learner", ["d", "g"])
+def test_a_step_moves_its_own_network_and_leaves_the_other_untouched(pair, toys, learner):
     config, generator, discriminator = pair
-    fake = generator(torch.randn(16, config.z_dim))
-    before_g, before_d = snapshot(generator), snapshot(discriminator)
-    cs.d_step(discriminator, cs.adam(discriminator, 1e-3, config), cs.to_network(toys[:16], config), fake, config)
-    assert same(before_g, generator) and not same(before_d, discriminator)
-    assert all(p.grad is None for p in generator.parameters())
-
-
-def test_g_step_leaves_d_untouched(pair, toys):
-    config, generator, discriminator = pair
-    fake = generator(torch.randn(16, config.z_dim))
-    before_g, before_d = snapshot(generator), snapshot(discriminator)
-    cs.g_step(discriminator, cs.adam(generator, 1e-3, config), cs.to_network(toys[:16], config), fake, config)
-    assert same(before_d, discriminator) and not same(before_g, generator)
-    assert all(p.grad is None for p in discriminator.parameters())
+    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
+    step, moved, still = {"d": (cs.d_step, discriminator, generator), "g": (cs.g_step, generator, discriminator)}[learner]
+    before_moved, before_still = snapshot(moved), snapshot(still)
+    step(discriminator, cs.adam(moved, 1e-3, config), real, fake, config)
+    assert same(before_still, still) and not same(before_moved, moved)
+    assert all(p.grad is None for p in still.parameters())
 
 
 def test_each_step_moves_its_loss_down(pair, toys):
@@ -80,7 +73,7 @@ def test_batchnorm_learns_its_statistics_while_training(tiny, toys):
     assert norms and all(m.num_batches_tracked == 10 and m.running_mean.any() for m in norms)
 
 
-def relativistic_pair(tiny, size=16):
+def relativistic_pair(tiny):
     config = tiny.but(loss="relativistic", d_norm=False, init="he", r1=3.0, r2=5.0)
     return config, cs.Generator(config), cs.Discriminator(config)
 
