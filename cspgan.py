@@ -25,11 +25,13 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -70,6 +72,7 @@ class Config:
     # images
     image_size: int = 128  # pixels a side: a power of two, 16 to 256
     head: str = "sigmoid"  # G's last activation: "tanh" puts images in [-1, 1], "sigmoid" and "relu" in [0, 1]
+    flip: bool = False  # every second real image, at random, is mirrored
     augment: bool = False  # DiffAugment of real and generated images before D sees them: for small datasets
     # generator
     generator: str = "cspup"  # "cspup", or "dcgan" as the control
@@ -81,6 +84,7 @@ class Config:
     block_norm: str = "none"  # BatchNorm inside CSPup: "none", "right" (branch) or "both"
     # discriminator
     d_norm: bool = True  # BatchNorm on all its convolutions but the first and the last
+    d_wider: int = 1  # its channels, times those of G
     d_fewer: int = 0  # stride-2 convolutions left out of D, the deepest first
     # both networks
     init: str = "dcgan"  # weights N(0, 0.02), or "he": scaled so that activations keep their size
@@ -108,10 +112,10 @@ class Config:
             "image_size": (16, 32, 64, 128, 256), "head": tuple(HEADS), "generator": tuple(GENERATORS),
             "stem": ("cspup", "deconv"), "deconv_kernel": tuple(DECONVS), "block_act": tuple(ACTIVATIONS),
             "block_norm": ("none", "right", "both"), "d_norm": (True, False), "loss": tuple(D_LOSSES),
-            "init": tuple(INITS), "augment": (False, True),
+            "init": tuple(INITS), "flip": (False, True), "augment": (False, True),
         }
         lowest = {
-            "z_dim": 2, "width": 2, "d_fewer": 0, "label_smoothing": 0, "r1": 0, "r2": 0, "batch_size": 2, "epochs": 1,
+            "z_dim": 2, "width": 2, "d_wider": 1, "d_fewer": 0, "label_smoothing": 0, "r1": 0, "r2": 0, "batch_size": 2, "epochs": 1,
             "lr_g": 0, "lr_d": 0, "beta1": 0, "beta2": 0, "lr_end": 0, "weight_decay": 0, "ema_images": 0, "d_every": 1,
             "seed": 0,
         }
@@ -168,11 +172,15 @@ def best_device() -> torch.device:
     try:  # is_available() is true for cards that this build has no kernels for (P100): try a real operation
         F.conv2d(torch.ones(1, 1, 8, 8, device="cuda"), torch.ones(1, 1, 3, 3, device="cuda")).sum().item()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        print(f"{torch.cuda.get_device_name()} is listed but cannot be used ({reason}): training on the CPU. "
+        print(f"{torch.cuda.get_device_name()} is listed but cannot be used ({said(error)}): training on the CPU. "
               "On Kaggle choose the accelerator 'GPU T4 x2'.")
         return torch.device("cpu")
     return torch.device("cuda")
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -345,14 +353,22 @@ def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    with open(part, "w") as file:
-        json.dump(value, file, indent=indent)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """`write_aside` for JSON."""
+    write_aside(path, lambda file: file.write(json.dumps(value, indent=indent).encode()))
 
 
 def download_celeba(folder: str | Path = "data") -> Path:
@@ -597,13 +613,13 @@ class DCGANGenerator(nn.Module):
 class Discriminator(nn.Module):
     """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
 
-    Stride-2 convolutions 4x4 down to 4x4 with the generator's widths in reverse, LeakyReLU(0.2), BatchNorm on all
-    but the first, then one convolution over what is left. `d_fewer` of the deepest are left out.
+    Stride-2 convolutions 4x4 down to 4x4 with the generator's widths in reverse, times `d_wider`; LeakyReLU(0.2),
+    BatchNorm on all but the first, then one convolution over what is left. `d_fewer` of the deepest are left out.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        widths = channel_ladder(config)[::-1]
+        widths = [config.d_wider * channels for channels in channel_ladder(config)[::-1]]
         widths = widths[: len(widths) - config.d_fewer]
         layers: list[nn.Module] = []
         for c, out in zip([3, *widths], widths):
@@ -664,7 +680,9 @@ def bce(logits: Tensor, target: float) -> Tensor:
     As the course writes it, a sigmoid and then the logarithm: below a logit of about -28 the sigmoid is under 1e-12,
     where PyTorch clamps, and G's gradient dies.
     """
-    return F.binary_cross_entropy(torch.sigmoid(logits), torch.full_like(logits, target))
+    p = torch.sigmoid(logits)                                            # (N,)
+    # A NaN goes around the first term, which would stop on it with an error, on a GPU with one that ends the process.
+    return F.binary_cross_entropy(p.nan_to_num(), torch.full_like(logits, target)) + 0 * logits.sum()
 
 
 def bce_logits(logits: Tensor, target: float) -> Tensor:
@@ -733,29 +751,19 @@ def to_uint8(images: Tensor, config: Config) -> Tensor:
     return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 
-def real_batches(images: Tensor, config: Config, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches (batch_size, 3, S, S) for the networks; every image once before any comes again."""
-    order = torch.Generator().manual_seed(4 * config.seed + 3)
-    while True:
-        for index in torch.randperm(len(images), generator=order).split(config.batch_size):
-            if len(index) == config.batch_size:
-                yield to_network(images[index.to(images.device)].to(device), config)
+@functools.lru_cache(2)
+def _shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-@dataclass
-class Run:
-    """One trained experiment and what it measured on the way."""
+def batch_index(step: int, n: int, config: Config) -> Tensor:
+    """Which of n images step 0, 1, 2, ... sees, (batch_size,): every image once before any comes again.
 
-    config: Config
-    history: list[dict[str, float]]  # records of a few hundred windows, see `train`
-    generator: nn.Module
-    snapshots: list[tuple[int, Tensor]]  # (images seen, uint8 (36, 3, S, S)), the same noise in every one
-    environment: dict[str, str]
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the training."""
-        return self.history[-1]["seconds"]
+    A function of the step alone, so that a resumed run needs no position to be saved.
+    """
+    turn, k = divmod(step, n // config.batch_size)
+    order = _shuffled(n, (turn << 16) + 4 * config.seed + 3)             # (n,); of a seed only 32 bits count
+    return order[k * config.batch_size : (k + 1) * config.batch_size]
 
 
 def d_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, config: Config) -> Tensor:
@@ -766,14 +774,16 @@ def d_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Ten
     """
     discriminator.train().requires_grad_(True)
     real, fake = real.detach().requires_grad_(config.r1 > 0), fake.detach().requires_grad_(config.r2 > 0)
-    d_real = discriminator(real)                                         # (N,)
-    d_fake = discriminator(fake)                                         # (N,)
-    d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
-    penalty = torch.zeros_like(d_loss)
-    if config.r1:
-        penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
-    if config.r2:
-        penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
+    half = torch.is_autocast_enabled(real.device.type) and not (config.r1 or config.r2)
+    with torch.autocast(real.device.type, enabled=half):  # half precision would spoil the penalties' second derivatives
+        d_real = discriminator(real).float()                             # (N,)
+        d_fake = discriminator(fake).float()                             # (N,)
+        d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
+        penalty = torch.zeros_like(d_loss)
+        if config.r1:
+            penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
+        if config.r2:
+            penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
     optimizer.zero_grad()
     (d_loss + penalty).backward()
     optimizer.step()
@@ -795,89 +805,102 @@ def g_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Ten
     return g_loss.detach()                                               # ()
 
 
-def train(config: Config, images: Tensor, run_dir: str | Path | None = None, device: torch.device | None = None,
-          progress: bool = True) -> Run:
-    """Train one generator on images, uint8 (N, 3, S, S), and save the run into run_dir.
+class Training:
+    """All that the next step depends on, and that step. An interrupted run goes on from `state_dict`, bit for bit."""
 
-    An epoch is `config.epoch_images` images. The history has one record for each of some 200 windows of equal
-    length, with means over the window: step, epoch, images (seen), seconds, d_loss, g_loss, penalty, d_real, d_fake (D's
-    mean logits). The record that ends an epoch also has what `check_up` finds: whether samples collapse. The
-    same config on the same images and CPU gives the same history, seconds aside.
-    """
-    images = check_images(images, config)
-    if run_dir is not None:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)  # fails now, if at all, and not when the training is done
-    device = device or best_device()
-    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
-        images = images.to(device)  # a batch is then an index into GPU memory
-    # Measured with one CPU core at 64 px: channels-last makes a step 1.2 times faster.
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    generator = GENERATORS[config.generator](config).to(device, memory_format=layout)
-    discriminator = Discriminator(config).to(device, memory_format=layout)
-    kept = copy.deepcopy(generator) if config.ema_images else generator
-    opt_g = adam(generator, config.lr_g, config)
-    opt_d = adam(discriminator, config.lr_d, config)
-    batches = real_batches(images, config, device)
-    noise = torch.Generator(device).manual_seed(4 * config.seed + 2)
+    def __init__(self, config: Config, images: Tensor, device: torch.device) -> None:
+        # Measured with one CPU core at 64 px: channels-last makes a step 1.2 times faster.
+        layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        self.config, self.images, self.device = config, images, device
+        self.generator = GENERATORS[config.generator](config).to(device, memory_format=layout)
+        self.discriminator = Discriminator(config).to(device, memory_format=layout)
+        self.kept = copy.deepcopy(self.generator) if config.ema_images else self.generator  # the generator that a run returns
+        self.opt_g = adam(self.generator, config.lr_g, config)
+        self.opt_d = adam(self.discriminator, config.lr_d, config)
+        self.noise = torch.Generator(device).manual_seed(4 * config.seed + 2)
+        self.d_stats = torch.zeros(4, device=device)                     # of D's latest step
+        self.sums = torch.zeros(5, device=device)                        # d_loss, d_real, d_fake, penalty, g_loss since a record
+        self.step = self.recorded = 0  # steps taken, and of them those that the records cover
+        self.start = time.perf_counter()
+        self.history: list[dict[str, float]] = []
+        self.snapshots: list[tuple[int, Tensor]] = []
+        self.epoch_steps = (config.epoch_images or len(images)) // config.batch_size
+        self.steps = config.epochs * self.epoch_steps
 
-    epoch_steps = (config.epoch_images or len(images)) // config.batch_size
-    steps = config.epochs * epoch_steps
-    windows = {round(k * steps / min(200, steps)) for k in range(1, 201)} | {epoch_steps * k for k in range(1, config.epochs + 1)}
-    run = Run(config, [], kept, [], environment(device))
-    stats = torch.zeros(5, device=device)                                # d_loss, d_real, d_fake, penalty, g_loss: sums
-    d_stats = torch.zeros(4, device=device)
-    last, start = 0, time.perf_counter()
-    with progress_bar(steps, Path(run_dir).name if run_dir else config.label(), "step", progress) as bar:
-        for step in range(1, steps + 1):
-            fall = config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = fall * config.lr_g, fall * config.lr_d
-            real = next(batches)                                         # (N, 3, S, S)
-            z = torch.randn(config.batch_size, config.z_dim, generator=noise, device=device)  # (N, z_dim)
-            generator.train()
-            fake = generator(z)                                          # (N, 3, S, S)
-            if config.augment:
-                real, fake = diff_augment(real, config, noise), diff_augment(fake, config, noise)
-            if (step - 1) % config.d_every == 0:
-                d_stats = d_step(discriminator, opt_d, real, fake, config)
-            g_loss = g_step(discriminator, opt_g, real, fake, config)
-            if config.ema_images:
-                update_ema(kept, generator, config, step)
-            stats += torch.cat([d_stats, g_loss[None]])
+    def advance(self) -> None:
+        """One step of D and one of G, on the same images and noise."""
+        config = self.config
+        fall = config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * self.step / self.steps)) / 2
+        self.opt_g.param_groups[0]["lr"], self.opt_d.param_groups[0]["lr"] = fall * config.lr_g, fall * config.lr_d
+        index = batch_index(self.step, len(self.images), config).to(self.images.device)  # (N,)
+        real = to_network(self.images[index].to(self.device), config)    # (N, 3, S, S)
+        if config.flip:
+            mirrored = torch.rand(len(real), 1, 1, 1, generator=self.noise, device=self.device) < 0.5
+            real = torch.where(mirrored, real.flip(3), real)             # (N, 3, S, S)
+        z = torch.randn(config.batch_size, config.z_dim, generator=self.noise, device=self.device)  # (N, z_dim)
+        fake = self.generator.train()(z)                                 # (N, 3, S, S)
+        if config.augment:
+            real, fake = diff_augment(real, config, self.noise), diff_augment(fake, config, self.noise)
+        if self.step % config.d_every == 0:
+            self.d_stats = d_step(self.discriminator, self.opt_d, real, fake, config)
+        g_loss = g_step(self.discriminator, self.opt_g, real, fake, config)
+        self.step += 1
+        if config.ema_images:
+            update_ema(self.kept, self.generator, config, self.step)
+        self.sums += torch.cat([self.d_stats, g_loss[None]])
+        self.latest = real, fake.detach()
 
-            if step in windows:
-                d_loss, d_real, d_fake, penalty, g_mean = (stats / (step - last)).tolist()  # the only wait for the GPU
-                run.history.append({
-                    "step": step, "epoch": step / epoch_steps, "images": step * config.batch_size,
-                    "seconds": time.perf_counter() - start, "d_loss": d_loss, "g_loss": g_mean, "penalty": penalty,
-                    "d_real": d_real, "d_fake": d_fake,
-                })
-                bar.set_postfix_str(f"D {d_loss:.3f} G {g_mean:.3f}", refresh=False)
-                last = step
-                stats.zero_()
-            bar.update()
-            if step % epoch_steps == 0:
-                run.history[-1].update(check_up(run, discriminator, images, real, fake))
-    if run_dir is not None:
-        save_run(run, Path(run_dir), fingerprint(images))
-    return run
+    def record(self) -> None:
+        """Add the means since the last record to the history: the only wait for the GPU."""
+        d_loss, d_real, d_fake, penalty, g_loss = (self.sums / (self.step - self.recorded)).tolist()
+        self.history.append({
+            "step": self.step, "epoch": self.step / self.epoch_steps, "images": self.step * self.config.batch_size,
+            "seconds": time.perf_counter() - self.start, "d_loss": d_loss, "g_loss": g_loss, "penalty": penalty, "d_real": d_real, "d_fake": d_fake,
+        })
+        self.recorded = self.step
+        self.sums.zero_()
 
+    def check_up(self) -> None:
+        """The end of an epoch: keeps a snapshot, and adds to the latest record what the losses do not tell.
 
-def check_up(run: Run, discriminator: nn.Module, images: Tensor, real: Tensor, fake: Tensor) -> dict[str, float]:
-    """The end of an epoch: keeps a snapshot, and returns what the losses do not tell.
+        diversity: the collapse alarm, `diversity` of up to 256 samples against as many images; below 0.5 something is wrong.
+        grad_real, grad_fake: mean |grad_x D(x)| at the latest batch, the slope that D offers G.
+        """
+        n, record = min(256, len(self.images)), self.history[-1]
+        samples = draw(self.kept, self.config, n, seed=0)                # (n, 3, S, S)
+        some = self.images[torch.linspace(0, len(self.images) - 1, n).long().to(self.images.device)].cpu()
+        self.snapshots.append((int(record["images"]), samples[:36].clone()))
+        record["diversity"] = diversity(some, samples)
+        self.discriminator.requires_grad_(False)
+        for name, x in zip(("grad_real", "grad_fake"), self.latest):
+            x = x.detach().requires_grad_(True)
+            record[name] = gradient_penalty(self.discriminator(x), x).sqrt().mean().item()
 
-    diversity: the collapse alarm, `diversity` of up to 256 samples against as many images; below 0.5 something is wrong.
-    grad_real, grad_fake: mean |grad_x D(x)| at the last batch, the slope that D offers G. real, fake: (N, 3, S, S).
-    """
-    n = min(256, len(images))
-    samples = sample(run, n, seed=0)                                     # (n, 3, S, S)
-    some = images[torch.linspace(0, len(images) - 1, n).long().to(images.device)].cpu()
-    run.snapshots.append((int(run.history[-1]["images"]), samples[:36].clone()))
-    found = {"diversity": diversity(some, samples)}
-    discriminator.requires_grad_(False)
-    for name, x in (("grad_real", real), ("grad_fake", fake)):
-        x = x.detach().requires_grad_(True)
-        found[name] = gradient_penalty(discriminator(x), x).sqrt().mean().item()
-    return found
+    SAVED = ("generator", "discriminator", "kept", "opt_g", "opt_d")  # have states of their own
+    PLAIN = ("d_stats", "sums", "step", "recorded", "history", "snapshots")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        states = {name: getattr(self, name).state_dict() for name in self.SAVED}
+        return {**states, **{name: getattr(self, name) for name in self.PLAIN}, "noise": self.noise.get_state(),
+                "seconds": time.perf_counter() - self.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name in self.SAVED:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.PLAIN:
+            value = state[name]
+            setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
+        self.noise.set_state(state["noise"])
+        self.start = time.perf_counter() - state["seconds"]
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What is done inside does not count as training time."""
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun
 
 
 @torch.no_grad()
@@ -932,12 +955,12 @@ def check_images(images: Tensor, config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def sample(run: Run, n: int, seed: int = 0) -> Tensor:
-    """n images of the run's generator from noise of its own seed: uint8 (n, 3, S, S) on the CPU."""
-    device = next(run.generator.parameters()).device
-    z = torch.randn(n, run.config.z_dim, generator=torch.Generator().manual_seed(seed))  # (n, z_dim)
-    run.generator.eval()
-    return torch.cat([to_uint8(run.generator(part.to(device)), run.config).cpu() for part in z.split(256)])
+def draw(generator: nn.Module, config: Config, n: int, seed: int = 0) -> Tensor:
+    """n images of a generator from noise of its own seed: uint8 (n, 3, S, S) on the CPU."""
+    device = next(generator.parameters()).device
+    z = torch.randn(n, config.z_dim, generator=torch.Generator().manual_seed(seed))  # (n, z_dim)
+    generator.eval()
+    return torch.cat([to_uint8(generator(part.to(device)), config).cpu() for part in z.split(256)])
 
 
 # ----------------------------------------------------------------------------------------------- presets
@@ -947,8 +970,8 @@ BASELINE = Config()
 H1 = BASELINE.but(block_norm="both", block_act="leaky_relu")
 SLOW_D = BASELINE.but(block_norm="right", block_act="tanh", head="tanh", lr_d=2e-5, batch_size=256)
 # The regularised relativistic GAN (arXiv 2501.05441) with the assignment's generator: see the report for each part's share.
-CONVERGED = H1.but(loss="relativistic", r1=2.0, r2=2.0, d_norm=False, init="he", head="tanh", beta1=0.0, beta2=0.9,
-                   lr_g=1e-3, lr_d=1e-3, lr_end=0.1, ema_images=20_000)
+CONVERGED = H1.but(loss="relativistic", r1=2.0, r2=2.0, d_norm=False, d_wider=2, init="he", head="tanh", flip=True, beta1=0.0,
+                   beta2=0.9, lr_g=1e-3, lr_d=1e-3, lr_end=0.1, ema_images=20_000)
 
 # Every experiment, in the report's order: name -> (config, the preset it is compared with).
 EXPERIMENTS = {
@@ -981,18 +1004,23 @@ EXPERIMENTS = {
 PRESETS = {name: config for name, (config, _) in EXPERIMENTS.items()}
 REFERENCES = {name: reference for name, (_, reference) in EXPERIMENTS.items()}
 
-# The same recipe with one part taken out, or given more time.
+# The same recipe with one part taken out or added; and one part of it alone, in the best of the others.
 ABLATIONS = {
     "without_pairs": CONVERGED.but(loss="bce_logits"),
     "without_penalties": CONVERGED.but(r1=0.0, r2=0.0),
     "without_bn_in_g": CONVERGED.but(block_norm="none"),
     "without_he": CONVERGED.but(init="dcgan"),
+    "without_wide_d": CONVERGED.but(d_wider=1),
+    "without_flip": CONVERGED.but(flip=False),
     "without_ema": CONVERGED.but(ema_images=0),
-    "with_10_epochs": CONVERGED.but(epochs=10),
+    "with_augment": CONVERGED.but(augment=True),
+    "fast_d_wide": PRESETS["fast_d"].but(d_wider=2),
 }
+# As long as h0_more_epochs: does a recipe get better for as long as it runs?
+LONG = {f"{name}_20": PRESETS[name].but(epochs=20) for name in ("converged", "fast_d", "dcgan", "h3_smooth_tanh", "slow_d")}
 
 
-# ----------------------------------------------------------------------------------------- saved runs
+# ------------------------------------------------------------------------------------------------- runs
 
 
 def _code_hash() -> str:
@@ -1008,55 +1036,222 @@ def _code_hash() -> str:
 CODE = _code_hash()  # taken at import, so that it is of the code that runs
 
 
+@dataclass
+class Run:
+    """One trained experiment and what it measured on the way."""
+
+    config: Config
+    history: list[dict[str, float]]  # records of a few hundred windows, see `train`
+    generator: nn.Module  # with the running mean of the weights, where the config asks for one
+    snapshots: list[tuple[int, Tensor]]  # (images seen, uint8 (36, 3, S, S)), the same noise in every one
+    environment: dict[str, str]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    @property
+    def finished(self) -> bool:
+        """False if it was interrupted or ran out of time."""
+        return bool(self.history) and self.history[-1]["epoch"] >= self.config.epochs
+
+
+def sample(run: Run, n: int, seed: int = 0) -> Tensor:
+    """n images of the run's generator from noise of its own seed: uint8 (n, 3, S, S) on the CPU."""
+    return draw(run.generator, run.config, n, seed)
+
+
+def train(config: Config, images: Tensor, run_dir: str | Path | None = None, device: torch.device | None = None,
+          progress: bool = True, on_epoch: Callable[[Run], dict[str, float] | None] | None = None, hours: float = math.inf,
+          save_every: float = 120.0) -> Run:
+    """Train one generator on images, uint8 (N, 3, S, S), and save the run into run_dir.
+
+    An epoch is `config.epoch_images` images. The history has one record for each of some 200 windows of equal
+    length, with means over the window: step, epoch, images (seen), seconds, d_loss, g_loss, penalty, d_real, d_fake (D's
+    mean logits). The record that ends an epoch also has what `Training.check_up` finds: whether samples collapse. The
+    same config on the same images and CPU gives the same history, seconds aside.
+
+    on_epoch: called with the run at the end of every epoch; numbers that it returns join the epoch's record.
+    hours, Ctrl-C, 'Interrupt kernel' and SIGTERM: the run so far is saved and returned, and the same call goes on with it
+    later, as if nothing had been. So does a call after a crash, from a checkpoint that is at most save_every seconds old.
+    """
+    images, folder, device = check_images(images, config), Path(run_dir) if run_dir is not None else None, device or best_device()
+    data = fingerprint(images)
+    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+        images = images.to(device)  # a batch is then an index into GPU memory
+    training = Training(config, images, device)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # fails now, if at all, and not when the training is done
+        if (folder / "generator.pt").exists():
+            set_aside(folder)
+        resume(training, folder, data)
+    run = Run(config, training.history, training.kept, training.snapshots, environment(device))
+    windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
+    begun = saved = time.perf_counter()
+    with progress_bar(training.steps, folder.name if folder else config.label(), "step", progress) as bar, stop_signals() as signals:
+        bar.update(training.step)
+        while training.step < training.steps:
+            training.advance()
+            bar.update()
+            ends_epoch = training.step % training.epoch_steps == 0
+            if training.step in windows or ends_epoch:
+                training.record()
+                d_loss, g_loss = (training.history[-1][key] for key in ("d_loss", "g_loss"))
+                bar.set_postfix_str(f"D {d_loss:.3f} G {g_loss:.3f}", refresh=False)
+                if not math.isfinite(d_loss + g_loss):
+                    message = f"step {training.step}: D loss {d_loss}, G loss {g_loss}, with {config.label()}"
+                    if folder is None or not resume(training, folder, data):
+                        raise FloatingPointError(f"{message}. There is no checkpoint to go back to; a lower learning rate may help.")
+                    print(f"{message}. This is the run as it was at its last good checkpoint.")
+                    return Run(config, training.history, training.kept, training.snapshots, run.environment)
+            if ends_epoch:
+                training.check_up()
+                with training.clock_stopped():
+                    training.history[-1].update(on_epoch(run) or {} if on_epoch else {})
+            now = time.perf_counter()
+            stops = bool(signals) or now - begun > 3600 * hours
+            if folder is not None and (stops or now - saved > save_every):
+                save_checkpoint(training, folder, data)
+                saved = time.perf_counter()
+            if stops and training.step < training.steps:
+                why = signals[0] if signals else f"{hours:.2g} hours are over"
+                print(f"{why}: stopped at step {training.step} of {training.steps}. The same call goes on from here.")
+                return run
+    if folder is not None:
+        save_run(run, folder, data)
+    return run
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that names the signal once Ctrl-C or SIGTERM has come, so that a step is finished first; the second one raises."""
+    names: list[str] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if names:
+            raise KeyboardInterrupt
+        names.append(signal.Signals(number).name)
+
+    main = threading.current_thread() is threading.main_thread()  # signals come to no other one
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+FORMAT = 1  # of checkpoints: to be raised when an older module could misread them
+
+
+def save_checkpoint(training: Training, folder: Path, data: str) -> None:
+    """checkpoint.pt, with the previous one as checkpoint.old.pt; weights that are not finite are not saved.
+
+    Where it cannot be written, that is said, what was there stays, and the training goes on.
+    """
+    if not all(p.isfinite().all() for network in (training.generator, training.discriminator) for p in network.parameters()):
+        return
+    state = {"format": FORMAT, "config": dataclasses.asdict(training.config), "data": data, "training": training.state_dict()}
+    new, path = folder / "checkpoint.new.pt", folder / "checkpoint.pt"
+    try:
+        write_aside(new, lambda file: torch.save(state, file))
+        if path.exists():
+            os.replace(path, folder / "checkpoint.old.pt")
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
+        print(f"step {training.step}: no checkpoint, {folder} cannot be written ({said(error)}). Training goes on.")
+
+
+def resume(training: Training, folder: Path, data: str) -> bool:
+    """Bring training to the newest good checkpoint in folder; False where there is none. One of another run is set aside."""
+    for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt"):
+        if not path.exists():
+            continue
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["format"] > FORMAT:
+                raise ValueError(f"it has format {saved['format']}, this module reads up to {FORMAT}: update cspgan.py")
+            if differing := differences(saved, training.config, data):
+                set_aside(folder, differing)
+                folder.mkdir()
+                return False
+            training.load_state_dict(saved["training"])
+        except Exception as error:  # whatever a damaged file raises, the one before it may be whole
+            print(f"{path} is refused ({said(error)}).")
+            continue
+        print(f"Resumed: {folder} [{training.config.label()}] at step {training.step} of {training.steps}.")
+        return True
+    return False
+
+
+def differences(saved: dict[str, Any], config: Config, data: str) -> str:
+    """What differs between a saved run and this one, in words; empty if nothing does."""
+    there = {**dataclasses.asdict(BASELINE), **saved["config"], "data": saved["data"]}  # a newer field had no effect yet
+    here = {**dataclasses.asdict(config), "data": data}
+    return ", ".join(f"{name}={there[name]} there, {value} here" for name, value in here.items() if there[name] != value)
+
+
+def set_aside(folder: Path, differing: str = "") -> None:
+    """Rename a folder that holds a run, so that nothing is overwritten."""
+    kept = next(p for k in range(1, 1000) if not (p := folder.with_name(f"{folder.name}.old{k}")).exists())
+    folder.rename(kept)
+    print(f"{folder} held another run{f' ({differing})' * bool(differing)}, which is kept as {kept.name}: training anew.")
+
+
 def fingerprint(images: Tensor) -> str:
     """A short name for a dataset: its shape and the hash of up to 256 of its images."""
     some = images[:: max(1, len(images) // 256)].cpu().contiguous()
     return f"{'x'.join(map(str, images.shape))}-{hashlib.sha1(some.numpy().tobytes()).hexdigest()[:8]}"
 
 
-def save_run(run: Run, run_dir: Path, data: str) -> None:
-    """run.pt (config, weights, snapshots, history, environment) and history.json, each written atomically.
+def save_run(run: Run, folder: Path, data: str) -> None:
+    """generator.pt (a plain state_dict), snapshots.pt, and history.json with config, environment and history.
 
-    A folder that holds a run already is renamed, not overwritten.
+    Where they cannot be written, that is said, and checkpoints stay.
     """
-    if (run_dir / "run.pt").exists():
-        kept = next(p for k in range(1, 1000) if not (p := run_dir.with_name(f"{run_dir.name}.old{k}")).exists())
-        run_dir.rename(kept)
-        print(f"the run that was in {run_dir} is kept as {kept.name}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    state = {
-        "config": dataclasses.asdict(run.config), "data": data, "environment": run.environment, "history": run.history,
-        "generator": run.generator.state_dict(), "snapshots": run.snapshots,
-    }
-    part = run_dir / f"run.pt.part{os.getpid()}"
-    torch.save(state, part)
-    os.replace(part, run_dir / "run.pt")
-    write_json(run_dir / "history.json", {"config": state["config"], "data": data, "environment": run.environment,
-                                          "history": run.history}, indent=None)  # 200 records: a line, not 2,000
+    about = {"config": dataclasses.asdict(run.config), "data": data, "environment": run.environment, "history": run.history}
+    try:
+        write_aside(folder / "snapshots.pt", lambda file: torch.save(run.snapshots, file))
+        write_json(folder / "history.json", about, indent=None)  # 200 records: a line, not 2,000
+        write_aside(folder / "generator.pt", lambda file: torch.save(run.generator.state_dict(), file))  # last: the run is whole
+        for old in folder.glob("checkpoint*.pt"):
+            old.unlink()
+    except (OSError, RuntimeError) as error:
+        print(f"{folder} cannot be written ({said(error)}): the run is in memory only. Free some space and save "
+              "it by save_run(run, folder, fingerprint(images)).")
 
 
-def run_or_load(config: Config, images: Tensor, run_dir: str | Path) -> Run:
-    """The run saved in run_dir if it is of this config and these images, else a new one; says which.
+def load_run(folder: str | Path) -> Run:
+    """A finished run from its folder."""
+    folder = Path(folder)
+    if not (folder / "generator.pt").exists():
+        raise FileNotFoundError(f"{folder}/generator.pt: no finished run here. Train one: train(config, images, {str(folder)!r})")
+    saved = json.loads((folder / "history.json").read_text())
+    config = Config(**saved["config"])
+    generator = GENERATORS[config.generator](config).to(best_device())
+    generator.load_state_dict(torch.load(folder / "generator.pt", map_location=best_device(), weights_only=True))
+    snapshots = folder / "snapshots.pt"
+    return Run(config, saved["history"], generator, torch.load(snapshots, weights_only=True) if snapshots.exists() else [],
+               saved["environment"])
 
-    A run of another config or other images is not lost: when the new one is saved, its folder is renamed.
+
+def run_or_load(config: Config, images: Tensor, run_dir: str | Path, **options: Any) -> Run:
+    """The run saved in run_dir if it is of this config and these images, else a new one; says which. Options: see `train`.
+
+    A run of another config or other images is not lost: its folder is renamed.
     """
-    run_dir, data = Path(run_dir), fingerprint(check_images(images, config))
-    if (run_dir / "run.pt").exists():
-        state = torch.load(run_dir / "run.pt", map_location=best_device(), weights_only=True)
-        saved = {**dataclasses.asdict(BASELINE), **state["config"]}  # a field that is newer than the run had no effect yet
-        differing = [f"{k}={saved[k]} there, {v} here" for k, v in dataclasses.asdict(config).items() if saved[k] != v]
-        if state["data"] != data:
-            differing.append(f"data={state['data']} there, {data} here")
+    folder, data = Path(run_dir), fingerprint(check_images(images, config))
+    if (folder / "generator.pt").exists():
+        differing = differences(json.loads((folder / "history.json").read_text()), config, data)
         if not differing:
-            made = state["environment"]
-            print(f"Loaded, not trained: {run_dir} [{config.label()}], trained {made['date']} on {made['hardware']} in "
-                  f"{state['history'][-1]['seconds']:.0f} s by code {made['code']}"
-                  + ("." if made["code"] == CODE else f" (the code is {CODE} now)."))
-            generator = GENERATORS[config.generator](config).to(best_device())
-            generator.load_state_dict(state["generator"])
-            return Run(config, state["history"], generator, [(n, s.cpu()) for n, s in state["snapshots"]], made)
-        print(f"{run_dir} holds another run ({'; '.join(differing)}): training anew.")
-    return train(config, images, run_dir)
+            run = load_run(folder)
+            made = run.environment
+            print(f"Loaded, not trained: {folder} [{config.label()}], trained {made['date']} on {made['hardware']} in "
+                  f"{run.seconds:.0f} s by code {made['code']}" + ("." if made["code"] == CODE else f" (the code is {CODE} now)."))
+            return run
+        set_aside(folder, differing)
+    return train(config, images, folder, **options)
 
 
 # ----------------------------------------------------------------------------------------------- metrics
@@ -1262,7 +1457,7 @@ def fid_kid(real: Tensor, fake: Tensor) -> dict[str, Any]:
         found = calculate_metrics(input1=sides[0], input2=sides[1], fid=True, kid=True, kid_subset_size=min(1000, len(real)),
                                   cuda=best_device().type == "cuda", cache=False, verbose=False)
     except Exception as error:  # not installed, or no network for the weights: the report goes on without
-        return {"fid": None, "kid": None, "no_fid": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"fid": None, "kid": None, "no_fid": said(error)}
     return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"], "no_fid": ""}
 
 

@@ -33,8 +33,8 @@ CHANGES = {  # the assignment's sections and the other students' experiments, wr
     "smooth_labels": {**H1, "label_smoothing": 0.1},
     "tanh_head": {**H1, "head": "tanh"},
     "h3_rates": {**H1, "lr_d": 3e-4, "lr_g": 8e-4},
-    "converged": {**H1, "loss": "relativistic", "r1": 2.0, "r2": 2.0, "d_norm": False, "init": "he", "head": "tanh",
-                  "beta1": 0.0, "beta2": 0.9, "lr_g": 1e-3, "lr_d": 1e-3, "lr_end": 0.1, "ema_images": 20_000},
+    "converged": {**H1, "loss": "relativistic", "r1": 2.0, "r2": 2.0, "d_norm": False, "d_wider": 2, "init": "he", "head": "tanh",
+                  "flip": True, "beta1": 0.0, "beta2": 0.9, "lr_g": 1e-3, "lr_d": 1e-3, "lr_end": 0.1, "ema_images": 20_000},
 }
 
 
@@ -57,11 +57,16 @@ def test_every_preset_is_listed_here_and_has_a_reference_that_ran_before_it():
     assert all(names.index(reference) < names.index(name) for name, reference in cs.REFERENCES.items() if name != "baseline")
 
 
-def test_ablations_change_one_part_of_converged():
-    changed = [cs.ABLATIONS[name].differences(PRESETS["converged"]) for name in cs.ABLATIONS]
-    assert all(changed) and len({repr(change) for change in changed}) == len(changed)
-    assert {name: set(c) for name, c in zip(cs.ABLATIONS, changed) if len(c) > 1} == {
-        "without_penalties": {"r1", "r2"}}
+def test_ablations_change_one_part():
+    base = {name: PRESETS["fast_d" if name == "fast_d_wide" else "converged"] for name in cs.ABLATIONS}
+    changed = {name: set(config.differences(base[name])) for name, config in cs.ABLATIONS.items()}
+    assert all(changed.values()) and len(set(cs.ABLATIONS.values())) == len(cs.ABLATIONS)
+    assert {name: fields for name, fields in changed.items() if len(fields) > 1} == {"without_penalties": {"r1", "r2"}}
+
+
+def test_long_runs_are_as_long_as_h0_and_nothing_else():
+    for name, config in cs.LONG.items():
+        assert set(config.differences(PRESETS[name.removesuffix("_20")])) == {"epochs"} and config.epochs == PRESETS["h0_more_epochs"].epochs
 
 
 @pytest.mark.parametrize("name", [*CHANGES, *cs.ABLATIONS])
@@ -108,6 +113,8 @@ def test_config_is_frozen():
     ({"init": "xavier"}, ["'xavier'", "'he'"]),
     ({"loss": "hinge"}, ["'hinge'", "'relativistic'"]),
     ({"augment": 1}, ["augment=1"]),
+    ({"flip": "yes"}, ["flip='yes'"]),
+    ({"d_wider": 0}, ["d_wider=0", "at least 1"]),
     ({"lr_end": 2.0}, ["lr_end=2.0", "0 to 1"]),
     ({"r1": -1}, ["r1=-1"]),
     ({"epoch_images": 5}, ["epoch_images=5", "128"]),

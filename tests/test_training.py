@@ -1,7 +1,6 @@
-"""The two steps, the loop, seeds, saved runs, and that a short training learns."""
+"""The two steps, the loop, seeds, and that a short training learns."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -104,6 +103,23 @@ def numerical_gradient(discriminator, images, h=1e-4):
     return gradient
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_penalties_are_exact_under_mixed_precision(tiny, toys, half):
+    config, generator, discriminator = relativistic_pair(tiny)
+    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
+    results = []
+    for enabled in (False, True):
+        network = copy.deepcopy(discriminator)
+        with torch.autocast("cpu", dtype=half, enabled=enabled):
+            stats = cs.d_step(network, torch.optim.SGD(network.parameters(), 0.01), real, fake, config)
+        results.append((stats, [p.clone() for p in network.parameters()]))
+    assert torch.equal(results[0][0], results[1][0]) and all(map(torch.equal, results[0][1], results[1][1]))
+    with torch.autocast("cpu", dtype=half):  # without penalties the networks do run in half precision
+        free = cs.d_step(copy.deepcopy(discriminator), torch.optim.SGD([torch.zeros(1)]), real, fake, config.but(r1=0.0, r2=0.0))
+    exact = cs.d_step(discriminator, torch.optim.SGD([torch.zeros(1)]), real, fake, config.but(r1=0.0, r2=0.0))
+    assert not torch.equal(free, exact) and torch.allclose(free, exact, atol=0.05)
+
+
 def test_gradient_of_the_penalty_agrees_with_differences(tiny, toys):
     """The second derivative: how the penalty changes when a weight of D does."""
     config, _, discriminator = relativistic_pair(tiny)
@@ -204,6 +220,20 @@ def test_augmentation_shifts_by_at_most_an_eighth(tiny):
         assert counts.max() == 8 and counts.min() == 0 and not lines[:, 8:-8].any()
 
 
+def test_flip_mirrors_every_second_real_image_and_no_generated_one(tiny, toys, monkeypatch):
+    seen, step = [], cs.d_step
+    monkeypatch.setattr(cs, "d_step", lambda d, o, real, fake, config: seen.append((real, fake)) or step(d, o, real, fake, config))
+    config = tiny.but(flip=True, epoch_images=256)
+    cs.train(config, toys, progress=False)
+    mirrored = []
+    for k, (real, fake) in enumerate(seen):
+        plain = toys[cs.batch_index(k, len(toys), config)]
+        for image, before in zip(cs.to_uint8(real, config), plain):
+            mirrored.append(torch.equal(image, before.flip(2)))
+            assert mirrored[-1] or torch.equal(image, before)
+    assert len(mirrored) == 256 and 90 < sum(mirrored) < 166
+
+
 @pytest.mark.parametrize("loss", [cs.bce, cs.bce_logits])
 def test_loss_values(loss):
     assert loss(torch.zeros(4), 1).item() == pytest.approx(math.log(2))
@@ -251,7 +281,7 @@ def test_history_and_snapshots(tiny, toys):
 
 def test_alarm_and_slopes_leave_the_training_alone(tiny, toys, monkeypatch):
     with_them = cs.train(tiny.but(epochs=3), toys, progress=False)
-    monkeypatch.setattr(cs, "check_up", lambda *args: {})
+    monkeypatch.setattr(cs.Training, "check_up", lambda self: None)
     assert same(snapshot(with_them.generator), cs.train(tiny.but(epochs=3), toys, progress=False).generator)
 
 
@@ -278,15 +308,19 @@ def test_history_windows_are_means_over_all_steps(tiny, toys, monkeypatch):
         assert record["d_loss"] == pytest.approx(torch.stack(seen[start:end])[:, 0].mean().item(), rel=1e-4)
 
 
-def test_batches_show_every_image_once_before_any_again(tiny, toys):
-    batches = cs.real_batches(toys, tiny, torch.device("cpu"))
-    passes = [torch.cat([next(batches) for _ in range(len(toys) // 16)]) for _ in range(2)]
-    for images in passes:
-        found = {tuple(image) for image in cs.to_uint8(images, tiny).flatten(1).tolist()}
-        assert found == {tuple(image) for image in toys.flatten(1).tolist()}
-    assert not torch.equal(*passes)
-    uneven = cs.real_batches(toys[:40], tiny, torch.device("cpu"))
-    assert {len(next(uneven)) for _ in range(9)} == {16}
+def test_batches_show_every_image_once_before_any_again(tiny):
+    passes = [torch.cat([cs.batch_index(16 * turn + k, 256, tiny) for k in range(16)]) for turn in range(2)]
+    assert all(sorted(order.tolist()) == list(range(256)) for order in passes)
+    assert not torch.equal(*passes) and not torch.equal(passes[0][:16], cs.batch_index(0, 256, tiny.but(seed=1)))
+    assert {len(cs.batch_index(k, 40, tiny)) for k in range(9)} == {16}
+
+
+def test_a_step_trains_on_the_images_of_its_index(tiny, toys, monkeypatch):
+    seen, step = [], cs.d_step
+    monkeypatch.setattr(cs, "d_step", lambda d, optimizer, real, *rest: seen.append(real) or step(d, optimizer, real, *rest))
+    cs.train(tiny, toys, progress=False)
+    for k, real in enumerate(seen):
+        assert torch.equal(cs.to_uint8(real, tiny), toys[cs.batch_index(k, len(toys), tiny)])
 
 
 @pytest.mark.parametrize("head", ["tanh", "sigmoid"])
@@ -326,52 +360,6 @@ def test_unusable_images_are_named(tiny, images, words):
     with pytest.raises(ValueError) as error:
         cs.train(tiny, images)
     assert all(word in str(error.value) for word in words)
-
-
-def test_saved_run_is_loaded_and_says_so(tiny, toys, tmp_path, capsys):
-    made = cs.run_or_load(tiny, toys, tmp_path / "run")
-    assert "Loaded" not in capsys.readouterr().out
-    loaded = cs.run_or_load(tiny, toys, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "Loaded, not trained" in said and made.environment["date"] in said and cs.CODE in said
-    assert loaded.history == made.history and loaded.config == made.config
-    assert torch.equal(cs.sample(loaded, 4), cs.sample(made, 4))
-    assert json.loads((tmp_path / "run/history.json").read_text())["history"] == made.history
-
-
-def test_run_made_by_other_code_says_so(tiny, toys, tmp_path, capsys, monkeypatch):
-    cs.run_or_load(tiny, toys, tmp_path / "run")
-    monkeypatch.setattr(cs, "CODE", "another1")
-    cs.run_or_load(tiny, toys, tmp_path / "run")
-    assert "the code is another1 now" in capsys.readouterr().out
-
-
-def test_run_from_before_a_field_existed_had_the_default_of_it(tiny, toys, tmp_path, capsys):
-    cs.run_or_load(tiny, toys, tmp_path / "run")
-    state = torch.load(tmp_path / "run/run.pt", weights_only=True)
-    del state["config"]["d_every"]
-    torch.save(state, tmp_path / "run/run.pt")
-    cs.run_or_load(tiny.but(d_every=2), toys, tmp_path / "run")
-    assert "d_every=1 there, 2 here" in capsys.readouterr().out
-    assert "Loaded" not in capsys.readouterr().out
-
-
-def test_folder_that_cannot_be_made_is_found_out_before_training(tiny, toys, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cs, "d_step", lambda *args: pytest.fail("it trained"))
-    with pytest.raises(OSError):
-        cs.train(tiny, toys, tmp_path / "file" / "run", progress=False)
-
-
-@pytest.mark.parametrize("change", ["config", "data"])
-def test_another_run_in_the_folder_is_kept_aside(tiny, toys, tmp_path, capsys, change):
-    first = cs.run_or_load(tiny, toys, tmp_path / "run")
-    other_config, other_data = (tiny.but(lr_g=1e-3), toys) if change == "config" else (tiny, toys.flip(3))
-    cs.run_or_load(other_config, other_data, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert ("lr_g=0.0002 there, 0.001 here" if change == "config" else "data=") in said and "is kept as run.old1" in said
-    kept = cs.run_or_load(tiny, toys, tmp_path / "run.old1")
-    assert without_seconds(kept.history) == without_seconds(first.history)
 
 
 def test_short_training_learns(toys):
