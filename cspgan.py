@@ -13,6 +13,7 @@ real diversity (3 seeds); the best of 22 other recipes, `fast_d`, 47 ± 7 with 0
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import copy
@@ -109,25 +110,22 @@ class Config:
 
     def __post_init__(self) -> None:
         legal = {
-            "image_size": (16, 32, 64, 128, 256), "head": tuple(HEADS), "generator": tuple(GENERATORS),
-            "stem": ("cspup", "deconv"), "deconv_kernel": tuple(DECONVS), "block_act": tuple(ACTIVATIONS),
-            "block_norm": ("none", "right", "both"), "d_norm": (True, False), "loss": tuple(D_LOSSES),
-            "init": tuple(INITS), "flip": (False, True), "augment": (False, True),
+            "image_size": (16, 32, 64, 128, 256), "head": HEADS, "generator": GENERATORS, "stem": ("cspup", "deconv"),
+            "deconv_kernel": DECONVS, "block_act": ACTIVATIONS, "block_norm": ("none", "right", "both"), "d_norm": (True, False),
+            "loss": D_LOSSES, "init": INITS, "flip": (True, False), "augment": (True, False),
         }
-        lowest = {
-            "z_dim": 2, "width": 2, "d_wider": 1, "d_fewer": 0, "label_smoothing": 0, "r1": 0, "r2": 0, "batch_size": 2, "epochs": 1,
-            "lr_g": 0, "lr_d": 0, "beta1": 0, "beta2": 0, "lr_end": 0, "weight_decay": 0, "ema_images": 0, "d_every": 1,
-            "seed": 0,
-        }
+        lowest = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1}  # the others: 0
+        below = {"label_smoothing": 1, "beta1": 1, "beta2": 1}
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name in legal and (value not in legal[name] or type(value) is not type(legal[name][0])):
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, legal[name]))}")
-            whole = isinstance(field.default, int)
-            if name in lowest and not (isinstance(value, int if whole else (int, float)) and lowest[name] <= value < math.inf):
-                raise ValueError(f"{name}={value!r}: expected a {'whole ' * whole}number of at least {lowest[name]}")
-            if name in ("label_smoothing", "beta1", "beta2") and value >= 1:
-                raise ValueError(f"{name}={value!r}: expected a number below 1")
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            if name in legal:
+                if value not in legal[name] or type(value) is not kind:
+                    raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, legal[name]))}")
+            elif name != "epoch_images":
+                low, high = lowest.get(name, 0), below.get(name, math.inf)
+                if not (isinstance(value, kind if kind is int else (int, float)) and low <= value < high):
+                    raise ValueError(f"{name}={value!r}: expected a {'whole ' * (kind is int)}number of at least {low}"
+                                     + f" and below {high}" * (high < math.inf))
         if self.lr_end > 1:
             raise ValueError(f"lr_end={self.lr_end}: expected a share from 0 to 1")
         if self.d_fewer >= len(channel_ladder(self)):
@@ -401,118 +399,51 @@ def download_celeba(folder: str | Path = "data") -> Path:
     return archive
 
 
-FACTORS = 60  # random numbers that one face takes
-
-
-def rgb(red: float, green: float, blue: float) -> Tensor:
-    return torch.tensor([red, green, blue], dtype=torch.float32).view(3, 1, 1)
+FACTORS = 38  # random numbers that one face takes
 
 
 def draw_faces(factors: Tensor, size: int) -> Tensor:
     """Images in [0, 1], (m, 3, size, size), of faces given by numbers in [0, 1), (m, FACTORS)."""
     numbers = iter(factors.t()[..., None, None, None])
-    def between(low, high):
-        return low + (high - low) * next(numbers)                                               # (m, 1, 1, 1)
-    def chance(p):
-        return (next(numbers) < p).float()                                                      # (m, 1, 1, 1)
-    def tint(saturation, value):
-        wheel = torch.cos(2 * math.pi * (next(numbers) + rgb(0, 1 / 3, 2 / 3)))
-        return value * (1 - saturation * (.5 + .5 * wheel))                                     # (m, 3, 1, 1)
-    def over(edge):  # a ramp one pixel wide: clamped, since a sigmoid's denormal tails are slow to multiply
-        return (.5 + edge * (size / 2)).clamp_(0, 1)                                      # (m, 1, size, size)
-    def ellipse(x, y, a, b, soft=False):  # what is thinner than a pixel is drawn a pixel wide, but fainter
-        a, b, thin = torch.as_tensor(a), torch.as_tensor(b), 1.6 / size
-        cover = (a / thin).clamp(max=1) * (b / thin).clamp(max=1)
-        a, b = a.clamp(min=thin), b.clamp(min=thin)
-        sharp = torch.tensor(.5) if soft else torch.minimum(a, b) * (size / 4)
-        across, along = x * (sharp.sqrt() / a), y * (sharp.sqrt() / b)
-        inside = torch.addcmul(.5 + sharp * (2 * cover - 1), across, across, value=-1)
-        return torch.addcmul(inside, along, along, value=-1).clamp_(0, 1)                 # (m, 1, size, size)
-    def paint(mask, colour):  # lerp_ takes one pass over the image where mask * (colour - image) takes three
-        image.lerp_(colour, mask)
+    def between(low, high):  # two numbers, giving (m, 1, 1, 1), or two colours, giving (m, 3, 1, 1)
+        return torch.lerp(*torch.tensor([low, high], dtype=torch.float32).view(2, -1, 1, 1), next(numbers))
+    def paint(colour, x, y, a, b, where=1):  # an ellipse with an edge one pixel wide; a thinner one gets fainter instead
+        high = torch.as_tensor(b).clamp(min=1.6 / size)
+        mask = (.5 + (1 - (x / a).square() - (y / high).square()) * (high * size / 4)).clamp_(0, 1) * (b / high * where)
+        image.lerp_(torch.as_tensor(colour), mask)
+        return mask                                                                       # (m, 1, size, size)
 
-    # x, y turn with the head (half its width, half its height: w, h); fx, fy slide over it as a face does
-    line, zoom = (torch.arange(size) + .5) * (2 / size) - 1, between(.8, .92)
-    x0, y0 = (line - between(-.12, .12)) * zoom, (line.view(size, 1) - between(-.09, .04)) * zoom
-    tilt, turn, nod = between(-.2, .2), between(-.16, .16), between(-.04, .04)
-    x, y = x0 * tilt.cos() + y0 * tilt.sin(), y0 * tilt.cos() - x0 * tilt.sin()           # (m, 1, size, size)
-    w, h = between(.44, .56), between(.60, .70)
-    fx, fy = x - turn * (1 - (x / w).square().clamp(max=1)), y - nod                      # (m, 1, size, size)
-    light = between(-.6, .6) * x + between(-.4, .1) * y                                   # (m, 1, size, size)
-
-    # pigments absorb exponentially, blue first: that keeps every skin and hair on natural colours
-    skin = rgb(1, .87, .78) * torch.exp(-between(0, 1.4).square() * rgb(.35, .53, .68))         # (m, 3, 1, 1)
-    hair = torch.exp(-between(.15, 3.2) * rgb(.85, 1, 1.1) - between(0, 1) * rgb(.1, .45, 1))   # (m, 3, 1, 1)
-    strands = 1 + light + .08 * torch.sin(between(20, 40) * (x + between(-.3, .3) * y))   # (m, 1, size, size)
-    locks, rosy = hair * strands, skin * rgb(1, .62, .62)
-
-    image = tint(between(.05, .5), between(.5, 1)) * (1 + between(-.3, .3) * x0 + between(-.3, .3) * y0)
-    clothes = tint(between(.1, .8), between(.25, .95)) * (1 + light)
-    paint(ellipse(x0, y0 - 1.12, between(.75, .95), .42), clothes)
-    paint(ellipse(x.abs() - w, y - .04, .08, .14), skin * .82)  # ears, which long hair hides
-    long, volume, crown = chance(.45), between(.03, .12), y + .15
-    ends = long * between(.4, 1.2) + (1 - long) * between(-.15, .1)
-    dome = chance(.92) * ellipse(x, crown - crown.clamp(0, 1), w + volume, h - .15 + volume)
-    paint(dome * over(ends - .3 * x.square() - y), locks * .85)
-    paint(ellipse(x0, y0 - .7, w * .48, .3), skin * .72)  # neck, in the shadow of the chin
-
-    head = ellipse(x * (1 + between(.05, .25) * y / h), y, w, h)
-    paint(head, skin * (1.02 - .2 * ((x / w).square() + (y / h).square()).square() + .5 * light))
-    paint(head * ellipse(fx.abs() - .27, fy - .2, .16, .14, soft=True) * between(0, .5), rosy)
-    paint(chance(.2) * head * over(fy - between(.38, .5) + 1.7 * fx.square()), locks)  # beard
-    nose = fx - .25 * turn
-    paint(ellipse(nose, fy - .06, .04, .2, soft=True) * .5, skin * 1.15)
-    paint(ellipse(nose, fy - .22 + 3 * nose.square(), between(.06, .11), .03) * .8, skin * .58)
-    mouth_y, mouth_w = between(.33, .39), between(.14, .24)
-    moustache = chance(.2) * ellipse(fx, fy - mouth_y + .085 - fx.square(), mouth_w * 1.1, .035)
-    paint(moustache, locks)
-    smile = fy - mouth_y + between(-.5, 2.5) * (fx.square() - .01)
-    paint(ellipse(fx, smile, mouth_w, between(.04, .065)), rosy.lerp(rgb(.72, .12, .2), between(0, .8)))
-    teeth = (skin * .2).lerp(rgb(.95, .95, .95), chance(.5))
-    paint(ellipse(fx, smile, mouth_w * .8, between(.008, .035)), teeth)
-
-    apart, eye_w, eye_h = w * between(.40, .46), between(.1, .13), between(.045, .08)
-    eye = fx.abs() - apart  # the absolute value folds both eyes into one
-    paint(ellipse(eye, fy, .17, .14, soft=True) * .5, skin * .65)
-    paint(ellipse(eye, fy + .022, eye_w * 1.12, eye_h * 1.08), skin * .2)
-    white, gaze = ellipse(eye, fy, eye_w, eye_h), eye * fx.sign() - between(-.03, .03)
-    paint(white, rgb(.97, .96, .95))
-    paint(white * ellipse(gaze, fy, .06, .06), rgb(.25, .14, .07).lerp(rgb(.2, .45, .7), between(0, 1)))
-    paint(white * ellipse(gaze, fy, .03, .03), rgb(.03, .03, .03))
-    brow = fy + between(.15, .2) + between(-.15, .15) * eye - 1.5 * eye.square()
-    paint(ellipse(eye, brow, .14, between(.018, .04)), hair * .7)
-
-    fringe = chance(.4)
-    hairline = between(-.5, -.36) + .2 * fringe + (1.3 - .9 * fringe) * (fx - between(-.2, .2)).square()
-    paint(dome * over(torch.minimum(hairline, ends) - y), locks)
-    lens_w, lens_h, rim = between(.15, .18), between(.11, .16), between(.025, .045)
-    frame = ellipse(eye, fy, lens_w, lens_h) - ellipse(eye, fy, lens_w - rim, lens_h - rim)
-    bridge = ellipse(fx, fy + .02, apart - lens_w + .01, .02)
-    paint(chance(.25) * torch.maximum(frame, bridge), tint(between(0, .8), between(.05, .4)))  # glasses
-    return image.clamp_(0, 1)                                                             # (m, 3, size, size)
+    line, tilt = (torch.arange(size) + .5) * (2 / size) - 1, between(-.2, .2)
+    x, y = line * between(.75, 1) - between(-.12, .12), line.view(size, 1) * between(.8, 1) - between(-.1, .05)
+    image = torch.cat([between(.45, .85) for _ in range(3)], 1) * (1 + between(-.3, .3) * x + between(-.3, .3) * y)
+    skin, hair = between((1, .85, .75), (.4, .25, .17)), between((.08, .06, .05), (.85, .65, .35))
+    paint(between((.2, .3, .6), (.9, .4, .3)), x, y - 1.2, between(.7, 1), .5)  # clothes
+    x, y = x + tilt * y, y - tilt * x                                                     # (m, 1, size, size)
+    fx, fy, long = x - between(-.08, .08), y - between(-.05, .05), between(0, .7)  # f: the face may turn and nod
+    dome = paint(hair, x, y + .25 - long, between(.5, .62), .5 + long)
+    paint(skin * .7, x, y - .65, .24, .3)  # neck
+    paint(skin, x * (1 + between(0, .35) * y), y, .48, .63)
+    paint(hair, fx - between(-.3, .3), y + .65, between(.3, .6), between(.1, .4), dome)  # fringe
+    paint(skin * .6, fx, fy - .2, between(.05, .1), .03)  # nose
+    smile = fy - between(.34, .42) + between(-1, 3) * (fx.square() - .01)
+    paint(between((.75, .4, .35), (.7, .1, .2)), fx, smile, between(.12, .24), between(.025, .08))
+    eye = fx.abs() - between(.18, .24)  # both at once
+    white = paint(.97, eye, fy, .12, between(.04, .08))
+    paint(between((.12, .07, .04), (.2, .5, .7)), eye * fx.sign() - between(-.04, .04), fy, .06, .06, white)  # iris
+    paint(hair * .6, eye, fy + between(.13, .2) + between(-.3, .3) * eye, .14, between(.015, .04))  # brows
+    paint(.1, eye, torch.hypot(eye, fy) - .16, 1, .02, between(0, 1) < .25)  # glasses
+    return (image * (1 + between(-.4, .4) * x + between(-.25, .1) * y)).clamp_(0, 1)       # (m, 3, size, size)
 
 
 def toy_faces(n: int, size: int, seed: int = 0) -> Tensor:
-    """Procedural faces, uint8 (n, 3, size, size): a data set that needs no download.
+    """Procedural faces, uint8 (n, 3, size, size), size 16, 32, 64, 128 or 256: a data set that needs no download.
 
-    Each face has its own FACTORS independent uniform numbers: background colour and gradient, clothes, light;
-    place, zoom, tilt, turn and nod of the head, its width, height and jaw; skin, blush; hair colour, length,
-    volume, strands, parting, fringe, baldness; eye colour, spacing, size, opening, gaze; brows; nose; mouth
-    height, width, smile, lips, teeth; beard, moustache; glasses.
-
-    n >= 1, size 16, 32, 64, 128 or 256. Only (n, size, seed) matter, never the global random state: a smaller
-    n gives the first of the same faces, another size the same faces at that size.
+    Only (n, size, seed) matter: a smaller n gives the first of the same faces, another size the same at that size.
     """
-    if n < 1:
-        raise ValueError(f"toy_faces: n is {n}, expected at least 1 face")
-    if size not in (16, 32, 64, 128, 256):
-        raise ValueError(f"toy_faces: size is {size}, expected a power of two from 16 to 256")
-    factors = torch.rand(n, FACTORS, generator=torch.Generator().manual_seed(seed))             # (n, FACTORS)
-    faces = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    chunk = 2 ** 17 // size ** 2  # faces at a time: few enough for the processor's cache
-    for part, out in zip(factors.split(chunk), faces.split(chunk)):
-        out.copy_(draw_faces(part, size).mul_(255).round_())
-    return faces
+    if n < 1 or size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"toy_faces: n is {n} and size {size}, expected n >= 1 and a power of two from 16 to 256")
+    parts = torch.rand(n, FACTORS, generator=torch.Generator().manual_seed(seed)).split(2 ** 17 // size ** 2)  # fit a cache
+    return torch.cat([draw_faces(part, size).mul_(255).round_().byte() for part in parts])
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -580,7 +511,7 @@ class Generator(nn.Module):
         norms = (config.block_norm == "both", config.block_norm in ("right", "both"))
         double = DECONVS[config.deconv_kernel]
         if config.stem == "cspup":
-            self.stem: nn.Module = CSPup(config.z_dim, ladder[0], act, *norms, deconv=(4, 1, 0))
+            self.stem: nn.Module = CSPup(config.z_dim, ladder[0], act, *norms, deconv=(4, 1, 0))  # type: ignore[arg-type]
         else:
             self.stem = nn.ConvTranspose2d(config.z_dim, ladder[0], 4, 1, 0)
         self.blocks = nn.Sequential(*(CSPup(c, out, act, *norms, deconv=double) for c, out in zip(ladder, ladder[1:])))
@@ -812,8 +743,8 @@ class Training:
         # Measured with one CPU core at 64 px: channels-last makes a step 1.2 times faster.
         layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         self.config, self.images, self.device = config, images, device
-        self.generator = GENERATORS[config.generator](config).to(device, memory_format=layout)
-        self.discriminator = Discriminator(config).to(device, memory_format=layout)
+        self.generator = GENERATORS[config.generator](config).to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.discriminator = Discriminator(config).to(device, memory_format=layout)  # type: ignore[call-overload]
         self.kept = copy.deepcopy(self.generator) if config.ema_images else self.generator  # the generator that a run returns
         self.opt_g = adam(self.generator, config.lr_g, config)
         self.opt_d = adam(self.discriminator, config.lr_d, config)
@@ -855,7 +786,8 @@ class Training:
         d_loss, d_real, d_fake, penalty, g_loss = (self.sums / (self.step - self.recorded)).tolist()
         self.history.append({
             "step": self.step, "epoch": self.step / self.epoch_steps, "images": self.step * self.config.batch_size,
-            "seconds": time.perf_counter() - self.start, "d_loss": d_loss, "g_loss": g_loss, "penalty": penalty, "d_real": d_real, "d_fake": d_fake,
+            "seconds": time.perf_counter() - self.start, "d_loss": d_loss, "g_loss": g_loss, "penalty": penalty,
+            "d_real": d_real, "d_fake": d_fake,
         })
         self.recorded = self.step
         self.sums.zero_()
@@ -1002,22 +934,22 @@ EXPERIMENTS = {
     "converged": (CONVERGED, "baseline"),
 }
 PRESETS = {name: config for name, (config, _) in EXPERIMENTS.items()}
-REFERENCES = {name: reference for name, (_, reference) in EXPERIMENTS.items()}
 
-# The same recipe with one part taken out or added; and one part of it alone, in the best of the others.
+# One part taken out of converged, or added to it; and one part of it alone, in the best of the others.
 ABLATIONS = {
-    "without_pairs": CONVERGED.but(loss="bce_logits"),
-    "without_penalties": CONVERGED.but(r1=0.0, r2=0.0),
-    "without_bn_in_g": CONVERGED.but(block_norm="none"),
-    "without_he": CONVERGED.but(init="dcgan"),
-    "without_wide_d": CONVERGED.but(d_wider=1),
-    "without_flip": CONVERGED.but(flip=False),
-    "without_ema": CONVERGED.but(ema_images=0),
-    "with_augment": CONVERGED.but(augment=True),
-    "fast_d_wide": PRESETS["fast_d"].but(d_wider=2),
+    "without_pairs": (CONVERGED.but(loss="bce_logits"), "converged"),
+    "without_penalties": (CONVERGED.but(r1=0.0, r2=0.0), "converged"),
+    "without_bn_in_g": (CONVERGED.but(block_norm="none"), "converged"),
+    "without_he": (CONVERGED.but(init="dcgan"), "converged"),
+    "without_wide_d": (CONVERGED.but(d_wider=1), "converged"),
+    "without_flip": (CONVERGED.but(flip=False), "converged"),
+    "without_ema": (CONVERGED.but(ema_images=0), "converged"),
+    "with_augment": (CONVERGED.but(augment=True), "converged"),
+    "fast_d_wide": (PRESETS["fast_d"].but(d_wider=2), "fast_d"),
 }
 # As long as h0_more_epochs: does a recipe get better for as long as it runs?
-LONG = {f"{name}_20": PRESETS[name].but(epochs=20) for name in ("converged", "fast_d", "dcgan", "h3_smooth_tanh", "slow_d")}
+LONG = {f"{name}_20": (PRESETS[name].but(epochs=20), name) for name in ("converged", "fast_d", "dcgan", "h3_smooth_tanh", "slow_d")}
+RUNS = {**EXPERIMENTS, **ABLATIONS, **LONG, "converged_large": (CONVERGED.but(epochs=20), "converged")}
 
 
 # ------------------------------------------------------------------------------------------------- runs
@@ -1089,7 +1021,8 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     run = Run(config, training.history, training.kept, training.snapshots, environment(device))
     windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
     begun = saved = time.perf_counter()
-    with progress_bar(training.steps, folder.name if folder else config.label(), "step", progress) as bar, stop_signals() as signals:
+    name = folder.name if folder else config.label()
+    with progress_bar(training.steps, name, "step", progress) as bar, stop_signals() as signals:
         bar.update(training.step)
         while training.step < training.steps:
             training.advance()
@@ -1102,7 +1035,7 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
                 if not math.isfinite(d_loss + g_loss):
                     message = f"step {training.step}: D loss {d_loss}, G loss {g_loss}, with {config.label()}"
                     if folder is None or not resume(training, folder, data):
-                        raise FloatingPointError(f"{message}. There is no checkpoint to go back to; a lower learning rate may help.")
+                        raise FloatingPointError(f"{message}. There is no checkpoint to go back to: try a lower learning rate.")
                     print(f"{message}. This is the run as it was at its last good checkpoint.")
                     return Run(config, training.history, training.kept, training.snapshots, run.environment)
             if ends_epoch:
@@ -1121,6 +1054,17 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     if folder is not None:
         save_run(run, folder, data)
     return run
+
+
+def images_per_second(config: Config, images: Tensor, seconds: float = 1.0) -> float:
+    """How fast a run of this config would train here, measured on a few of its steps: to plan with."""
+    training = Training(config, check_images(images, config), best_device())
+    for warm in (True, False):  # the first steps choose algorithms and fill caches
+        begun, first = time.perf_counter(), training.step
+        while training.step < first + 2 or (time.perf_counter() - begun < seconds and not warm):
+            training.advance()
+            training.record()  # waits for the GPU
+    return (training.step - first) * config.batch_size / (time.perf_counter() - begun)
 
 
 @contextlib.contextmanager
@@ -1294,7 +1238,8 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, f
 
 def _keys(images: Tensor, seed: int) -> list[int]:
     """A random number for each image, from its content and the seed alone; copies of one image get different ones."""
-    salt, copies, keys = seed.to_bytes(8, "little"), Counter(), []
+    copies: Counter[int] = Counter()
+    salt, keys = seed.to_bytes(8, "little"), []
     for image in images.cpu().contiguous().numpy():
         key = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8, salt=salt).digest(), "little")
         keys.append(key + copies[key])
@@ -1453,7 +1398,7 @@ def fid_kid(real: Tensor, fake: Tensor) -> dict[str, Any]:
     try:
         from torch_fidelity import calculate_metrics
 
-        sides = [torch.utils.data.Subset(images, range(len(images))) for images in (real, fake)]  # a Dataset of uint8 (3, S, S)
+        sides: list[Any] = [torch.utils.data.Subset(x, range(len(x))) for x in (real, fake)]  # Datasets of uint8 (3, S, S)
         found = calculate_metrics(input1=sides[0], input2=sides[1], fid=True, kid=True, kid_subset_size=min(1000, len(real)),
                                   cuda=best_device().type == "cuda", cache=False, verbose=False)
     except Exception as error:  # not installed, or no network for the weights: the report goes on without
@@ -1609,6 +1554,40 @@ def plot_scores(records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def plot_progress(runs: dict[str, list[Run]], floor: float) -> Figure:
+    """SWD while they trained, by images and by time, a line for each seed, for runs whose `on_epoch` noted "swd"."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for ax, key, unit in ((left, "images", 1000), (right, "seconds", 60)):
+        for k, (name, group) in enumerate(runs.items()):
+            for run in group:
+                records = [r for r in run.history if "swd" in r]
+                ax.plot([r[key] / unit for r in records], [r["swd"] for r in records], f"C{k}", lw=1.3,
+                        label=name if run is group[0] and ax is right else None)
+        ax.axhline(floor, color="grey", ls="--", lw=1)
+        ax.set(yscale="log", xlim=(0, None))
+        ax.grid(which="both", lw=0.3, alpha=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+    left.text(0, floor * 1.04, " real images", color="grey", fontsize=8)
+    left.set(xlabel="thousand images seen", ylabel="SWD x1e3, lower is better")
+    right.set(xlabel="minutes of training")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def save_movie(run: Run, path: str | Path) -> None:
+    """The snapshots of a run, up to 24 of them, as a GIF that repeats itself: faces as they come out of the noise."""
+    size, frames = run.config.image_size, []
+    columns, zoom = min(6, 600 // size), max(1, 96 // size)
+    for k in np.unique(np.linspace(0, len(run.snapshots) - 1, 24).round().astype(int)):
+        grid = make_grid(run.snapshots[k][1][: columns**2], nrow=columns, padding=1, pad_value=255)
+        image = Image.fromarray(grid.permute(1, 2, 0).numpy())
+        image = image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST)
+        frames.append(image.quantize(128))
+    pauses = [300] * (len(frames) - 1) + [2500]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=pauses, loop=0)
+
+
 def spread(values: list[float], digits: int) -> str:
     """'87.0 ± 3.1': the mean and half the range, the range being from the lowest to the highest seed."""
     half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
@@ -1623,8 +1602,8 @@ def results_table(records: list[dict[str, Any]]) -> str:
     first = records[0]
     lines = [
         f"| preset | difference | seeds | images seen | SWD x1e3 ↓ (real: {first['swd_floor']['avg']:.1f}) | diversity → 1 | "
-        f"coverage ↑ (real: {first['coverage_real']:.2f}) | MS-SSIM → {first['ms_ssim_real']:.2f} | FID ↓ | D loss | G loss | "
-        "seconds | parameters of G |",
+        f"coverage ↑ (real: {first['coverage_real']:.2f}) | MS-SSIM → {first['ms_ssim_real']:.2f} | FID ↓ | D loss | G loss "
+        "| seconds | parameters of G |",
         "|---|---|" + "---:|" * 11,
     ]
     for name, group in by_preset(records).items():
@@ -1636,3 +1615,66 @@ def results_table(records: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     reasons = {r["no_fid"] for r in records if r["fid"] is None}
     return "\n".join(lines) + "".join(f"\n\nFID and KID: — ({reason})" for reason in reasons)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train a preset, sample from a run, measure a run. Errors are one line."""
+    parser = argparse.ArgumentParser(description="A CSPup GAN in a shell. Images: any folder or zip; without one, what "
+                                     "find_faces() finds, or else procedural faces.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_ = commands.add_parser("train", help="train a preset; the same command goes on with a run that was interrupted")
+    train_.add_argument("preset", nargs="?", default="converged", choices=RUNS, metavar="preset", help=f"{', '.join(RUNS)}")
+    train_.add_argument("changes", nargs="*", help="fields of Config, such as epochs=20 lr_d=1e-3; without a GPU "
+                        "image_size=32 width=64 batch_size=64 are assumed")
+    train_.add_argument("--hours", type=float, default=math.inf, help="stop and save after so many")
+    sample_ = commands.add_parser("sample", help="a grid of samples as a picture")
+    sample_.add_argument("--n", type=int, default=36)
+    sample_.add_argument("--seed", type=int, default=0)
+    sample_.add_argument("--out", type=Path, help="the picture; by default samples.png in the run's folder")
+    evaluate_ = commands.add_parser("evaluate", help="every metric on the tenth of the images that is held out, as JSON")
+    for command in (train_, evaluate_):
+        command.add_argument("--images", type=Path, help="folder or zip")
+    for command in (sample_, evaluate_):
+        command.add_argument("run", nargs="?", default="results/latest/converged", help="folder of a finished run")
+    train_.add_argument("--run", help="folder of the run; by default results/latest/ and the preset's name")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "train":
+            small = {} if best_device().type == "cuda" else {"image_size": 32, "width": 64, "batch_size": 64}
+            config = RUNS[options.preset][0].but(**{**small, **dict(map(_parse_change, options.changes))})
+            faces, _ = hold_out(_images(options.images, config.image_size))
+            train(config, faces, options.run or f"results/latest/{options.preset}", hours=options.hours)
+            return
+        run = load_run(options.run)
+        if options.command == "sample":
+            out = options.out or Path(options.run) / "samples.png"
+            show_images(sample(run, options.n, options.seed)).savefig(out, dpi=150)
+            print(out)
+        else:
+            _, held_out = hold_out(_images(options.images, run.config.image_size))
+            print(json.dumps(evaluate(run, held_out), indent=1))
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"cspgan.py {options.command}: {said(error)}")
+
+
+def _parse_change(text: str) -> tuple[str, Any]:
+    """'lr_g=1e-3' as ("lr_g", 0.001)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r}: expected field=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # head=tanh
+
+
+def _images(source: Path | None, size: int) -> Tensor:
+    source = source or find_faces()
+    return load_faces(source, size) if source else toy_faces(4096, size)
+
+
+if __name__ == "__main__":
+    main()

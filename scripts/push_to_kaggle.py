@@ -105,8 +105,7 @@ def pull(api, folder, kernel, url):
         raise RuntimeError(f"{kernel} is {status}, and can be fetched when it has ended: look at {url} and pull again later")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # what breaks off leaves an earlier pull whole
-        wanted = r"^results/|^__notebook__\.ipynb$"  # not cspgan.py, which the first cell wrote
-        ask(f"fetching the files of {kernel}", api.kernels_output, kernel, scratch, file_pattern=wanted, force=True)
+        ask(f"fetching the files of {kernel}", api.kernels_output, kernel, scratch, force=True)
         executed, results = Path(scratch, "__notebook__.ipynb"), Path(scratch, "results/latest")
         if not executed.exists():
             executed = Path(ask(f"fetching the notebook of {kernel}", api.kernels_pull, kernel, scratch))

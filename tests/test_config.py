@@ -52,26 +52,25 @@ def test_preset_changes_exactly_what_it_names(name):
 
 
 def test_every_preset_is_listed_here_and_has_a_reference_that_ran_before_it():
-    assert list(PRESETS) == list(CHANGES) == list(cs.REFERENCES)
-    names = list(PRESETS)
-    assert all(names.index(reference) < names.index(name) for name, reference in cs.REFERENCES.items() if name != "baseline")
+    assert list(PRESETS) == list(CHANGES)
+    names = list(cs.RUNS)
+    assert all(names.index(reference) < names.index(name) for name, (_, reference) in cs.RUNS.items() if name != "baseline")
 
 
 def test_ablations_change_one_part():
-    base = {name: PRESETS["fast_d" if name == "fast_d_wide" else "converged"] for name in cs.ABLATIONS}
-    changed = {name: set(config.differences(base[name])) for name, config in cs.ABLATIONS.items()}
+    changed = {name: set(config.differences(PRESETS[base])) for name, (config, base) in cs.ABLATIONS.items()}
     assert all(changed.values()) and len(set(cs.ABLATIONS.values())) == len(cs.ABLATIONS)
     assert {name: fields for name, fields in changed.items() if len(fields) > 1} == {"without_penalties": {"r1", "r2"}}
 
 
 def test_long_runs_are_as_long_as_h0_and_nothing_else():
-    for name, config in cs.LONG.items():
-        assert set(config.differences(PRESETS[name.removesuffix("_20")])) == {"epochs"} and config.epochs == PRESETS["h0_more_epochs"].epochs
+    for config, base in cs.LONG.values():
+        assert set(config.differences(PRESETS[base])) == {"epochs"} and config.epochs == PRESETS["h0_more_epochs"].epochs
 
 
 @pytest.mark.parametrize("name", [*CHANGES, *cs.ABLATIONS])
 def test_preset_trains_two_steps(name, toys, tiny):
-    preset = {**PRESETS, **cs.ABLATIONS}[name]
+    preset, _ = cs.RUNS[name]
     small = preset.but(image_size=16, width=16, z_dim=8, epochs=1, batch_size=preset.batch_size // 8,
                        epoch_images=2 * preset.batch_size // 8)
     run = cs.train(small, toys, progress=False)

@@ -1,6 +1,5 @@
 """What each ruler reads where the answer is known, and SWD and MS-SSIM against slow, literal references."""
 
-import math
 import sys
 import types
 
@@ -25,7 +24,7 @@ def halves(faces):
 def damaged(images):
     generator = torch.Generator().manual_seed(0)
     noise = 40 * torch.randn(images.shape, generator=generator)
-    blurred = F.interpolate(F.avg_pool2d(images.float(), 2), scale_factor=2)
+    blurred = F.interpolate(F.avg_pool2d(images.float(), 4), scale_factor=4)
     return {"noise": (images + noise).clamp(0, 255).to(torch.uint8), "blur": blurred.to(torch.uint8),
             "one copied": images[:1].expand_as(images)}
 
@@ -36,7 +35,7 @@ def damaged(images):
 def test_a_set_against_itself(faces):
     shuffled = faces[torch.randperm(len(faces))]
     for same in (faces, shuffled):
-        assert cs.sliced_wasserstein(faces, same)["avg"] == 0
+        assert cs.sliced_wasserstein(faces, same)["avg"] == pytest.approx(0, abs=1e-4)  # rounding, where the order differs
         assert cs.diversity(faces, same) == pytest.approx(1, abs=1e-6)
         assert cs.coverage(faces, same) == 1
         distance, index = cs.nearest_real(same, faces)

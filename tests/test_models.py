@@ -95,6 +95,8 @@ def test_options_change_the_network():
     assert isinstance(Generator(config.but(stem="deconv")).stem, nn.ConvTranspose2d)
     assert count(Generator(config.but(deconv_kernel=2))) < count(Generator(config))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in Discriminator(config.but(d_norm=False)).modules())
+    wide = [m.out_channels for m in Discriminator(config.but(d_wider=3)).modules() if isinstance(m, nn.Conv2d)]
+    assert wide == [24, 48, 96, 1] and count(Generator(config.but(d_wider=3))) == count(Generator(config))
     shallow = Discriminator(config.but(d_fewer=1))
     assert sum(isinstance(m, nn.Conv2d) for m in shallow.modules()) == 3
     assert shallow(torch.randn(2, 3, 32, 32)).shape == (2,)

@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import types
@@ -223,11 +222,11 @@ def test_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 def run_that_left(files, source):
     """Methods for a run that is complete, left these files and its log behind, and whose notebook is pulled as `source`."""
-    def output(kernel, path, file_pattern, force):
+    def output(kernel, path, force):
         assert kernel == "ada/cspup-gan"
-        for name in filter(re.compile(file_pattern).search, files):
+        for name, text in files.items():
             Path(path, name).parent.mkdir(parents=True, exist_ok=True)
-            Path(path, name).write_text(files[name])
+            Path(path, name).write_text(text)
         Path(path, "cspup-gan.log").write_text("[]")
 
     def pull(kernel, path):
@@ -292,7 +291,7 @@ def test_pull_that_breaks_off_leaves_the_earlier_one_whole(tmp_path, monkeypatch
 
 
 def test_staged_notebook_runs_alone_where_the_data_lies_as_on_kaggle(staged, tmp_path):
-    working = tmp_path / "working"
+    working, module = tmp_path / "working", (ROOT / "cspgan.py").read_bytes()
     faces = working / "data/celeba-dataset/img_align_celeba/img_align_celeba"  # data/ is searched as /kaggle/input is
     faces.mkdir(parents=True)
     (working / "data/celeba-dataset/list_attr_celeba.csv").write_text("image_id,Smiling\n")
@@ -307,7 +306,7 @@ def test_staged_notebook_runs_alone_where_the_data_lies_as_on_kaggle(staged, tmp
                "--output", "executed.ipynb"]
     done = subprocess.run(command, cwd=working, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (working / "cspgan.py").read_bytes() == (ROOT / "cspgan.py").read_bytes()
+    assert (working / "cspgan.py").read_bytes() == module
     said = json.dumps([cell.get("outputs") for cell in nbformat.read(working / "executed.ipynb", as_version=4).cells])
     assert "Writing cspgan.py" in said and "data       img_align_celeba: " in said and "Loaded, not trained" not in said
     records = json.loads((working / "results/latest/table.json").read_text())
