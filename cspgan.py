@@ -405,8 +405,10 @@ FACTORS = 38  # random numbers that one face takes
 def draw_faces(factors: Tensor, size: int) -> Tensor:
     """Images in [0, 1], (m, 3, size, size), of faces given by numbers in [0, 1), (m, FACTORS)."""
     numbers = iter(factors.t()[..., None, None, None])
+
     def between(low, high):  # two numbers, giving (m, 1, 1, 1), or two colours, giving (m, 3, 1, 1)
         return torch.lerp(*torch.tensor([low, high], dtype=torch.float32).view(2, -1, 1, 1), next(numbers))
+
     def paint(colour, x, y, a, b, where=1):  # an ellipse with an edge one pixel wide; a thinner one gets fainter instead
         high = torch.as_tensor(b).clamp(min=1.6 / size)
         mask = (.5 + (1 - (x / a).square() - (y / high).square()) * (high * size / 4)).clamp_(0, 1) * (b / high * where)
@@ -514,7 +516,8 @@ class Generator(nn.Module):
             self.stem: nn.Module = CSPup(config.z_dim, ladder[0], act, *norms, deconv=(4, 1, 0))  # type: ignore[arg-type]
         else:
             self.stem = nn.ConvTranspose2d(config.z_dim, ladder[0], 4, 1, 0)
-        self.blocks = nn.Sequential(*(CSPup(c, out, act, *norms, deconv=double) for c, out in zip(ladder, ladder[1:])))
+        self.blocks = nn.Sequential(*(
+            CSPup(c, out, act, *norms, deconv=double) for c, out in zip(ladder, ladder[1:])))  # type: ignore[arg-type]
         self.to_rgb = nn.Sequential(nn.ConvTranspose2d(ladder[-1], 3, *double), HEADS[config.head]())
         INITS[config.init](self, 4 * config.seed)
 
@@ -1398,7 +1401,8 @@ def fid_kid(real: Tensor, fake: Tensor) -> dict[str, Any]:
     try:
         from torch_fidelity import calculate_metrics
 
-        sides: list[Any] = [torch.utils.data.Subset(x, range(len(x))) for x in (real, fake)]  # Datasets of uint8 (3, S, S)
+        as_dataset: Any = torch.utils.data.Subset  # of uint8 (3, S, S)
+        sides = [as_dataset(images, range(len(images))) for images in (real, fake)]
         found = calculate_metrics(input1=sides[0], input2=sides[1], fid=True, kid=True, kid_subset_size=min(1000, len(real)),
                                   cuda=best_device().type == "cuda", cache=False, verbose=False)
     except Exception as error:  # not installed, or no network for the weights: the report goes on without
@@ -1516,7 +1520,7 @@ def plot_losses(run: Run, title: str = "") -> Figure:
 def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
     """One row of n samples for each run, the same noise in every row."""
     figure = Figure(figsize=(10, 8.3 / n * len(runs)))  # rows as high as n square images across are, a little apart
-    margins = dict(left=0.2, right=0.995, top=1 - 0.01 / len(runs), bottom=0.01 / len(runs), hspace=0.04)
+    margins = {"left": 0.2, "right": 0.995, "top": 1 - 0.01 / len(runs), "bottom": 0.01 / len(runs), "hspace": 0.04}
     for ax, (name, run) in zip(figure.subplots(len(runs), 1, squeeze=False, gridspec_kw=margins)[:, 0], runs.items()):
         ax.imshow(make_grid(sample(run, n, seed), nrow=n, padding=1, pad_value=255).permute(1, 2, 0).numpy())
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: bit for bit holds on a CPU
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cspgan as cs  # noqa: E402
+import cspgan as cs
 
 torch.set_num_threads(1)  # tiny networks: a second thread costs more than it brings
 

@@ -39,7 +39,7 @@ CHANGES = {  # the assignment's sections and the other students' experiments, wr
 
 
 def test_baseline_is_the_assignment():
-    assert BASELINE == Config()
+    assert Config() == BASELINE
     expected = {"image_size": 128, "width": 1024, "z_dim": 100, "head": "sigmoid", "block_act": "relu", "block_norm": "none",
                 "loss": "bce", "lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, "beta2": 0.999, "batch_size": 128, "epochs": 5,
                 "weight_decay": 0.0, "label_smoothing": 0.0, "d_every": 1, "generator": "cspup", "stem": "cspup"}

@@ -105,7 +105,8 @@ def test_results_on_file_are_of_the_runs_beside_them():
         assert history["history"][-1]["images"] == record["images_seen"] and history["config"]["seed"] == record["seed"]
         assert history["config"]["image_size"] == record["image_size"] and history["config"]["width"] == record["width"]
         assert [r["diversity"] for r in history["history"] if "diversity" in r]
-        assert record["swd"]["avg"] > record["swd_floor"]["avg"] > 0 and {"hardware", "torch", "data", "ms_ssim_real"} <= set(record)
+        assert record["swd"]["avg"] > record["swd_floor"]["avg"] > 0 and {
+            "hardware", "torch", "data", "ms_ssim_real"} <= set(record)
     for name in groups:
         assert all((ROOT / "results" / name / picture).exists() for picture in ("losses.png", "samples.png"))
 

@@ -158,7 +158,8 @@ def test_ema_is_the_running_mean_of_weights_and_buffers(tiny, toys, monkeypatch)
     config = tiny.but(block_norm="both", epoch_images=16 * 6, ema_images=64)
     states = []
     update = cs.update_ema
-    monkeypatch.setattr(cs, "update_ema", lambda mean, network, *rest: (update(mean, network, *rest), states.append(snapshot(network))))
+    monkeypatch.setattr(cs, "update_ema", lambda mean, network, *
+                        rest: (update(mean, network, *rest), states.append(snapshot(network))))
     run = cs.train(config, toys, progress=False)
     plain = cs.train(config.but(ema_images=0), toys, progress=False)
     assert same(states[-1], plain.generator)  # the mean changes nothing in the training itself
@@ -176,7 +177,8 @@ def test_ema_is_the_running_mean_of_weights_and_buffers(tiny, toys, monkeypatch)
 @pytest.mark.parametrize("network", ["d", "g"])
 def test_learning_rates_fall_on_a_half_cosine(tiny, toys, monkeypatch, network):
     rates, step = [], getattr(cs, f"{network}_step")
-    monkeypatch.setattr(cs, f"{network}_step", lambda d, optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]) or step(d, optimizer, *rest))
+    monkeypatch.setattr(cs, f"{network}_step", lambda d, optimizer, *
+                        rest: rates.append(optimizer.param_groups[0]["lr"]) or step(d, optimizer, *rest))
     cs.train(tiny.but(lr_end=0.1, epoch_images=16 * 10, lr_g=1e-3, lr_d=1e-3), toys, progress=False)
     assert rates == pytest.approx([1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 10))) for k in range(10)])
     rates.clear()
@@ -226,7 +228,7 @@ def test_flip_mirrors_every_second_real_image_and_no_generated_one(tiny, toys, m
     config = tiny.but(flip=True, epoch_images=256)
     cs.train(config, toys, progress=False)
     mirrored = []
-    for k, (real, fake) in enumerate(seen):
+    for k, (real, _) in enumerate(seen):
         plain = toys[cs.batch_index(k, len(toys), config)]
         for image, before in zip(cs.to_uint8(real, config), plain):
             mirrored.append(torch.equal(image, before.flip(2)))
