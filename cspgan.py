@@ -227,22 +227,26 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     """A folder or zip of face images: CSPGAN_DATA, then Kaggle's input folder, then ./data; None: use toy_faces.
 
     Kaggle mounts a dataset under a name that varies, so CelebA's `img_align_celeba` is searched for; failing
-    that, the folder (with its sub-folders) or zip with the most images.
+    that, the folder (with its sub-folders) or zip with the most images. A link that lies directly in one of these
+    places counts as what it leads to; no other link is followed.
     """
     if given := os.environ.get("CSPGAN_DATA"):
         if not Path(given).expanduser().exists():
             raise FileNotFoundError(f"CSPGAN_DATA={given}: no such folder or zip. {HOW_TO_GET_FACES}")
         return Path(given).expanduser()
     for place in filter(Path.is_dir, map(Path, places)):
-        counts: dict[Path, int] = {}
-        for name in _list_images(place):
-            *folders, _ = Path(name).parts
+        counts: Counter[Path] = Counter()
+        links = [path for path in sorted(place.glob("[!.]*")) if path.is_symlink() and path.is_dir()
+                 and not place.resolve().is_relative_to(path.resolve())]  # not round to where it lies itself
+        for image in (source / name for source in (place, *links) for name in _list_images(source)):
+            *folders, _ = image.relative_to(place).parts
             if "img_align_celeba" in folders:
                 return place.joinpath(*folders)
-            top = place.joinpath(*folders[:1])
-            counts[top] = counts.get(top, 0) + 1
-        for archive in filter(zipfile.is_zipfile, place.rglob("*.[zZ][iI][pP]")):
-            counts[archive] = len(_list_images(archive))
+            counts[place.joinpath(*folders[:1])] += not image.is_symlink()
+        for archive in place.rglob("*.[zZ][iI][pP]"):
+            if archive.parent == place or not archive.is_symlink():
+                with contextlib.suppress(OSError, ValueError):  # half a download
+                    counts[archive] = len(_list_images(archive))
         if any(counts.values()):
             return max(counts, key=lambda path: counts[path])
     return None
@@ -250,22 +254,22 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
 
 def _list_images(source: Path) -> list[str]:
     """Names of the images in a folder (with its sub-folders) or a zip, sorted; hidden ones are left out."""
-    if not source.exists():
+    names: list[str] = []
+    if source.is_dir():  # links and folders that may not be read are listed too: _read refuses them, so they get named
+        for folder, subfolders, files in os.walk(source, onerror=lambda error: names.append(error.filename)):
+            paths = [os.path.join(folder, name) for name in subfolders + files]
+            names += [path for path in paths if os.path.islink(path)
+                      or path.lower().endswith(IMAGE_ENDINGS) and not os.path.isdir(path)]
+        names = [os.path.relpath(path, source) for path in names]
+    elif not source.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{source}: no such folder or zip. {HOW_TO_GET_FACES}")
-    names, visited = [], set()
-    if source.is_dir():
-        for folder, subfolders, files in os.walk(source, followlinks=True):
-            if os.path.realpath(folder) in visited:  # a link may lead to where the walk has been
-                subfolders[:] = files[:] = []
-            visited.add(os.path.realpath(folder))
-            paths = [os.path.join(folder, name) for name in files]
-            names += [os.path.relpath(path, source) for path in paths if os.path.isfile(path)]  # not links to nowhere
-    elif zipfile.is_zipfile(source):
-        names = zipfile.ZipFile(source).namelist()
     else:
-        raise ValueError(f"{source}: neither a folder nor a zip. {HOW_TO_GET_FACES}")
-    return sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS)
-                  and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts))
+        try:
+            names = [name for name in zipfile.ZipFile(source).namelist() if name.lower().endswith(IMAGE_ENDINGS)]
+        except Exception as error:  # whatever a damaged one raises
+            raise ValueError(f"{source}: neither a folder nor a zip that can be read ({error}). {HOW_TO_GET_FACES}") from error
+    return sorted(name for name in set(names) if not any(part.startswith((".", "__MACOSX")) and part != ".."
+                                                         for part in Path(name.replace("\\", "/")).parts))
 
 
 def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR, limit: int | None = None) -> Tensor:
@@ -275,15 +279,16 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     becomes the largest centred square, resized with antialiasing. `limit` keeps the first so many files.
     The cache is made anew when the files, their dates, the size or the crop changed.
 
-    Returns uint8 (N, 3, size, size). A damaged file is skipped, and named when the cache is made; a source that
-    is missing, is neither a folder nor a zip, or holds no usable image is an error that says how to get the data.
+    Returns uint8 (N, 3, size, size). A file that is damaged, unreadable, of absurd size or a link is skipped, and named
+    when the cache is made; a source without usable images is an error that says how to get them, and costs no old cache.
     """
-    source, cache_dir = Path(source).expanduser().resolve(), Path(cache_dir).expanduser()
+    source, cache_dir = Path(os.path.realpath(Path(source).expanduser())), Path(cache_dir).expanduser()
     names = _list_images(source)[:limit]
     if not names:
         raise ValueError(f"{source}: no {', '.join(IMAGE_ENDINGS)} file in it. {HOW_TO_GET_FACES}")
-    stats = [path.stat() for path in ([source] if source.is_file() else map(source.joinpath, names))]
-    made_from = (names, [(stat.st_size, stat.st_mtime_ns) for stat in stats], CROP)
+    paths = [source] if source.is_file() else map(source.joinpath, names)
+    stats = [path.lstat() for path in paths if os.path.lexists(path)]  # what has just vanished is named below
+    made_from = (names, [(stat.st_size, stat.st_mtime_ns, stat.st_mode) for stat in stats], CROP)
     place, state = (hashlib.sha1(repr(part).encode()).hexdigest()[:8] for part in (str(source), made_from))
     cache = cache_dir / f"{source.stem}-{size}px-{place}-{state}.u8"  # with this name, a file that exists is up to date
     image_bytes = 3 * size * size
@@ -292,7 +297,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
             cache_dir.mkdir(parents=True, exist_ok=True)
             _decode_all(source, names, size, cache)
         except OSError as error:
-            raise OSError(f"cannot write the image cache in {cache_dir} ({error}). It needs "
+            raise OSError(f"cannot make the image cache in {cache_dir} from {source} ({error}). It needs "
                           f"{len(names) * image_bytes / 1e9:.1f} GB: free some, or pass another cache_dir.") from error
         for old in set(cache_dir.glob(f"*-{size}px-{place}-*.u8")) - {cache}:  # one source and size keeps one cache
             with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
@@ -302,11 +307,15 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
 
 
 CROP = "largest centred square, EXIF upright, alpha on white, Lanczos"  # as decode_face does it; part of a cache's name
+MAX_BYTES, MAX_PIXELS = 256_000_000, 64_000_000  # of one file: above what cameras make, and what a thread can hold
 
 
 def decode_face(data: bytes, size: int) -> np.ndarray:
     """One encoded image of any mode as RGB uint8 (3, size, size): centred square, antialiased resize."""
-    image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    image = Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "GIF"))  # EPS would start Ghostscript
+    if image.width * image.height > MAX_PIXELS:  # from the header: nothing is decoded yet
+        raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}: make it smaller")
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel: convert("RGB") would clip, not scale
         image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:  # the colours under transparent pixels are arbitrary: lay it on white
@@ -319,16 +328,32 @@ def decode_face(data: bytes, size: int) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)  # (3, size, size)
 
 
+def _read(source: Path | zipfile.ZipFile, name: str) -> bytes:
+    """One file of a folder or zip, unless it leads out of there, would be waited for, or would fill the memory."""
+    if isinstance(source, Path):
+        size = (source / name).lstat().st_size
+        plain = not (source / name).is_symlink() and (source / name).is_file()
+    else:  # what is packed otherwise than by deflate is unpacked without a bound
+        size, plain = source.getinfo(name).file_size, source.getinfo(name).compress_type <= zipfile.ZIP_DEFLATED
+        plain &= {"", "..", name[:1] + ":"}.isdisjoint(name.replace("\\", "/").split("/"))
+    if not plain:
+        raise ValueError("a link, pipe, closed folder, path out of the zip or unusual packing: copy it there as a plain file")
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes, expected at most {MAX_BYTES:,}: make it smaller")
+    with (source / name).open("rb") if isinstance(source, Path) else source.open(name) as file:
+        return file.read(size)
+
+
 def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
     """Decode on all cores (Pillow releases the interpreter lock) into a file that gets its name when it is whole."""
-    read = zipfile.ZipFile(source).read if source.is_file() else lambda name: (source / name).read_bytes()
+    opened = zipfile.ZipFile(source) if source.is_file() else source
     damaged = []
 
     def decode(name: str) -> bytes:
         try:
-            return decode_face(read(name), size).tobytes()
+            return decode_face(_read(opened, name), size).tobytes()
         except Exception as error:  # whatever a damaged file raises, it must not cost the other 200,000
-            damaged.append(f"{name} ({type(error).__name__}: {error})")
+            damaged.append(f"{name!r} ({type(error).__name__}: {error})")
             return b""
 
     part = cache.with_suffix(f".part{os.getpid()}")
@@ -344,7 +369,7 @@ def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
         if damaged:
             shown = "; ".join(sorted(damaged)[:10]) + " ..." * (len(damaged) > 10)
             print(f"skipped {len(damaged)} of {len(names)} files: {shown}")
-        if len(damaged) == len(names):
+        if damaged and not _list_images(source) or len(damaged) == len(names):  # vanished, or of no use
             raise ValueError(f"{source}: none of its {len(names)} image files can be read. {HOW_TO_GET_FACES}")
         os.replace(part, cache)
     finally:
@@ -980,6 +1005,7 @@ class Run:
     generator: nn.Module  # with the running mean of the weights, where the config asks for one
     snapshots: list[tuple[int, Tensor]]  # (images seen, uint8 (36, 3, S, S)), the same noise in every one
     environment: dict[str, str]
+    stopped: str = ""  # why it ended early, if it did: "SIGINT", "SIGTERM", "time" or "not finite"
 
     @property
     def seconds(self) -> float:
@@ -988,7 +1014,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """False if it was interrupted or ran out of time."""
+        """Whether it has come to the end of its last epoch."""
         return bool(self.history) and self.history[-1]["epoch"] >= self.config.epochs
 
 
@@ -1040,7 +1066,7 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
                     if folder is None or not resume(training, folder, data):
                         raise FloatingPointError(f"{message}. There is no checkpoint to go back to: try a lower learning rate.")
                     print(f"{message}. This is the run as it was at its last good checkpoint.")
-                    return Run(config, training.history, training.kept, training.snapshots, run.environment)
+                    return Run(config, training.history, training.kept, training.snapshots, run.environment, "not finite")
             if ends_epoch:
                 training.check_up()
                 with training.clock_stopped():
@@ -1051,8 +1077,8 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
                 save_checkpoint(training, folder, data)
                 saved = time.perf_counter()
             if stops and training.step < training.steps:
-                why = signals[0] if signals else f"{hours:.2g} hours are over"
-                print(f"{why}: stopped at step {training.step} of {training.steps}. The same call goes on from here.")
+                run.stopped = signals[0] if signals else "time"
+                print(f"{run.stopped}: stopped at step {training.step} of {training.steps}. The same call goes on from here.")
                 return run
     if folder is not None:
         save_run(run, folder, data)

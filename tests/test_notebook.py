@@ -56,9 +56,10 @@ def test_no_real_image_is_committed(notebook):
     for cell in code_cells(notebook):  # what draws from the data must carry the tag, what is not tagged must not draw
         draws = re.search(r"(show_images|imshow|savefig|make_grid|imsave)\((images|real|other|known|faces|held_out)\b", cell.source)
         assert not draws or "real-images" in tags(cell), cell.source
-        drawing = re.search(r"draw_|experiment\(|samples\(|made|comparison|scores|picture|timeline|slopes", cell.source)
+        drawing = re.search(r"draw_|experiment\(|samples\(|made|comparison|scores|picture|timeline|slopes|progress|losses", cell.source)
         assert not pictures(cell) or drawing, cell.source
-    allowed = {"losses.png", "samples.png", "compare.png", "scores.png", "timeline.png", "longest.png"}
+    allowed = {"losses.png", "samples.png", "compare.png", "scores.png", "timeline.png", "largest.png", "progress.png", "movie.gif",
+               "generator.pt"}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "cspgan.py" in tracked
     found = [name for name in tracked if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".zip", ".u8", ".pt"))]
@@ -90,16 +91,16 @@ def test_cells_can_be_copied_and_the_page_opens(notebook):
 
 
 def folder(record):
-    place = ROOT / "results" / record["preset"]
+    place = ROOT / "results" / ("large" if record["preset"] == "converged_large" else "") / record["preset"]
     return place / f"seed{record['seed']}" if record["seed"] else place
 
 
 def test_results_on_file_are_of_the_runs_beside_them():
     table = json.loads((ROOT / "results/table.json").read_text())
     groups = cs.by_preset(table)
-    assert set(groups) == set(cs.PRESETS) | set(cs.ABLATIONS)
-    for name in cs.PRESETS:  # a spread needs seeds
-        assert len({record["seed"] for record in groups[name]}) == len(groups[name]) >= 2, name
+    assert set(groups) == set(cs.RUNS)
+    for name in [*cs.PRESETS, *cs.LONG]:  # a spread needs seeds
+        assert len({record["seed"] for record in groups[name]}) == len(groups[name]) >= (3 if "converged" in name else 2), name
     for record in table:
         history = json.loads((folder(record) / "history.json").read_text())
         assert history["history"][-1]["images"] == record["images_seen"] and history["config"]["seed"] == record["seed"]
@@ -107,8 +108,24 @@ def test_results_on_file_are_of_the_runs_beside_them():
         assert [r["diversity"] for r in history["history"] if "diversity" in r]
         assert record["swd"]["avg"] > record["swd_floor"]["avg"] > 0 and {
             "hardware", "torch", "data", "ms_ssim_real"} <= set(record)
-    for name in groups:
-        assert all((ROOT / "results" / name / picture).exists() for picture in ("losses.png", "samples.png"))
+    for group in groups.values():
+        assert all((folder(group[0]) / picture).exists() for picture in ("losses.png", "samples.png"))
+    assert 1e5 < (ROOT / "results/converged/movie.gif").stat().st_size < 8e6
+
+
+def test_committed_generator_makes_the_committed_samples():
+    run = cs.load_run(ROOT / "results/converged_20")
+    (record,) = [r for r in json.loads((ROOT / "results/table.json").read_text()) if r["preset"] == "converged_20" and not r["seed"]]
+    samples = cs.sample(run, record["measured_on"])
+    assert cs.ms_ssim(samples) == pytest.approx(record["ms_ssim"], abs=0.002)
+
+
+def test_long_runs_of_converged_keep_getting_better():
+    """What the report says of them, from the histories on file: never rising over the last half of the run."""
+    for folder in (ROOT / "results/converged_20").glob("**/history.json"):
+        curve = [r["swd"] for r in json.loads(folder.read_text())["history"] if "swd" in r]
+        quarters = [sum(part) / len(part) for part in (curve[-10:-5], curve[-5:])]
+        assert len(curve) == 20 and quarters[1] < 1.05 * quarters[0]
 
 
 def test_readme_and_ci_agree_and_its_table_is_the_one_on_file():
@@ -123,8 +140,8 @@ def test_readme_and_ci_agree_and_its_table_is_the_one_on_file():
         assert f"| {cs.spread([r['diversity'] for r in group], 2)} |" in row
 
 
-def run_notebook(folder):
-    environment = {**os.environ, "CSPGAN_PROFILE": "smoke", "OMP_NUM_THREADS": "1"}
+def run_notebook(folder, **variables):
+    environment = {**os.environ, "CSPGAN_PROFILE": "smoke", "OMP_NUM_THREADS": "1", **variables}
     for name in ("CSPGAN_DATA", "CSPGAN_RESULTS"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "gan_hw.ipynb",
@@ -142,15 +159,20 @@ def test_notebook_runs_from_top_to_bottom_and_again(tmp_path):
     assert "procedural faces" in text and "Loaded, not trained" not in text
     top = code_cells(first)[0]  # the answer was put where the report begins, when the last section had run
     assert "the plain baseline" in json.dumps(top.outputs) and pictures(top) == 1
-    names = [*cs.PRESETS, *cs.ABLATIONS]
-    for name in names:
+    for name in cs.RUNS:
         assert all((tmp_path / "results/latest" / name / file).exists() for file in
-                   ("losses.png", "samples.png", "history.json", "run.pt"))
+                   ("losses.png", "samples.png", "history.json", "generator.pt"))
     records = json.loads((tmp_path / "results/latest/table.json").read_text())
-    assert set(cs.by_preset(records)) == set(names)
+    assert set(cs.by_preset(records)) == set(cs.RUNS)
+    assert (tmp_path / "results/latest/converged/movie.gif").exists()
     size = (tmp_path / "results/latest/gan_hw.ipynb").stat().st_size
 
-    second = run_notebook(tmp_path)  # "Run all" once more: nothing is trained again, and the report says so
-    assert json.dumps(second).count("Loaded, not trained") == len(records)
+    # "Run all" once more, with no time left and two runs missing: nothing is trained again, and the report says so
+    for missing in ("slow_d_20", "dcgan"):
+        shutil.rmtree(tmp_path / "results/latest" / missing)
+    second = run_notebook(tmp_path, CSPGAN_HOURS="0")
+    assert json.dumps(second).count("Loaded, not trained") == len(records) - 2
+    answer = json.dumps(code_cells(second)[0].outputs)
+    assert "Cut short by the time budget: dcgan, seed 0: not begun; slow_d_20, seed 0: not begun" in answer
     assert len(json.loads((tmp_path / "results/latest/table.json").read_text())) == len(records)
     assert size < 4e6

@@ -39,9 +39,9 @@ def test_run_interrupted_after_every_step_equals_one_that_was_not(config, toys, 
     whole = cs.train(config, toys, progress=False)
     for step in range(1, 8):
         run = cs.train(config, toys, tmp_path / "run", progress=False, hours=0)
-        assert not run.finished and f"stopped at step {step} of 8" in capsys.readouterr().out
+        assert not run.finished and run.stopped == "time" and f"stopped at step {step} of 8" in capsys.readouterr().out
     run = cs.train(config, toys, tmp_path / "run", progress=False, hours=0)
-    assert run.finished and same_run(whole, run) and same_run(whole, cs.load_run(tmp_path / "run"))
+    assert run.finished and not run.stopped and same_run(whole, run) and same_run(whole, cs.load_run(tmp_path / "run"))
     assert run.seconds >= run.history[0]["seconds"] > 0
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
@@ -119,7 +119,7 @@ def test_signals_save_and_return_the_run_so_far(config, toys, tmp_path, capsys, 
 
     monkeypatch.setattr(cs, "g_step", g_step)
     run = cs.train(config, toys, tmp_path / "run", progress=False)
-    assert len(calls) == 3 and not run.finished and run.history[-1]["step"] == 3
+    assert len(calls) == 3 and not run.finished and run.stopped == number.name and run.history[-1]["step"] == 3
     assert f"{number.name}: stopped at step 3 of 8" in capsys.readouterr().out and signal.getsignal(number) is before
     assert same_run(cs.train(config, toys, progress=False), cs.run_or_load(config, toys, tmp_path / "run"))
 
@@ -246,7 +246,7 @@ def test_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(tiny, toys, t
     run = cs.train(config, toys, tmp_path / "run", progress=False, save_every=0)
     said = capsys.readouterr().out
     assert "step 5: D loss nan" in said and "lr_d=0.003" in said and "at step 4 of 8" in said
-    assert run.history[-1]["step"] == 4 and not run.finished
+    assert run.history[-1]["step"] == 4 and not run.finished and run.stopped == "not finite"
     assert all(p.isfinite().all() for p in run.generator.parameters())
     monkeypatch.undo()
     assert same_run(cs.train(config, toys, progress=False), cs.train(config, toys, tmp_path / "run", progress=False))
