@@ -227,8 +227,7 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     """A folder or zip of face images: CSPGAN_DATA, then Kaggle's input folder, then ./data; None: use toy_faces.
 
     Kaggle mounts a dataset under a name that varies, so CelebA's `img_align_celeba` is searched for; failing
-    that, the folder (with its sub-folders) or zip with the most images. A link that lies directly in one of these
-    places counts as what it leads to; no other link is followed.
+    that, the folder (with its sub-folders) or zip with the most images. Links count if they lie directly in there.
     """
     if given := os.environ.get("CSPGAN_DATA"):
         if not Path(given).expanduser().exists():
@@ -239,10 +238,10 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
         links = [path for path in sorted(place.glob("[!.]*")) if path.is_symlink() and path.is_dir()
                  and not place.resolve().is_relative_to(path.resolve())]  # not round to where it lies itself
         for image in (source / name for source in (place, *links) for name in _list_images(source)):
-            *folders, _ = image.relative_to(place).parts
+            folders = image.relative_to(place).parts[:-1]
             if "img_align_celeba" in folders:
                 return place.joinpath(*folders)
-            counts[place.joinpath(*folders[:1])] += not image.is_symlink()
+            counts[place.joinpath(*folders[:1])] += os.path.isfile(image) and not image.is_symlink()
         for archive in place.rglob("*.[zZ][iI][pP]"):
             if archive.parent == place or not archive.is_symlink():
                 with contextlib.suppress(OSError, ValueError):  # half a download
@@ -258,8 +257,8 @@ def _list_images(source: Path) -> list[str]:
     if source.is_dir():  # links and folders that may not be read are listed too: _read refuses them, so they get named
         for folder, subfolders, files in os.walk(source, onerror=lambda error: names.append(error.filename)):
             paths = [os.path.join(folder, name) for name in subfolders + files]
-            names += [path for path in paths if os.path.islink(path)
-                      or path.lower().endswith(IMAGE_ENDINGS) and not os.path.isdir(path)]
+            names.extend(path for path in paths if os.path.islink(path)
+                         or path.lower().endswith(IMAGE_ENDINGS) and not os.path.isdir(path))
         names = [os.path.relpath(path, source) for path in names]
     elif not source.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{source}: no such folder or zip. {HOW_TO_GET_FACES}")
@@ -280,7 +279,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     The cache is made anew when the files, their dates, the size or the crop changed.
 
     Returns uint8 (N, 3, size, size). A file that is damaged, unreadable, of absurd size or a link is skipped, and named
-    when the cache is made; a source without usable images is an error that says how to get them, and costs no old cache.
+    when the cache is made. A source that is missing, vanishes or holds no usable image is an error that says what to do.
     """
     source, cache_dir = Path(os.path.realpath(Path(source).expanduser())), Path(cache_dir).expanduser()
     names = _list_images(source)[:limit]
@@ -297,7 +296,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
             cache_dir.mkdir(parents=True, exist_ok=True)
             _decode_all(source, names, size, cache)
         except OSError as error:
-            raise OSError(f"cannot make the image cache in {cache_dir} from {source} ({error}). It needs "
+            raise OSError(f"cannot make the image cache in {cache_dir} ({error}). {source} must stay there; the cache needs "
                           f"{len(names) * image_bytes / 1e9:.1f} GB: free some, or pass another cache_dir.") from error
         for old in set(cache_dir.glob(f"*-{size}px-{place}-*.u8")) - {cache}:  # one source and size keeps one cache
             with contextlib.suppress(OSError):  # Windows keeps a file that is still mapped
@@ -307,7 +306,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
 
 
 CROP = "largest centred square, EXIF upright, alpha on white, Lanczos"  # as decode_face does it; part of a cache's name
-MAX_BYTES, MAX_PIXELS = 256_000_000, 64_000_000  # of one file: above what cameras make, and what a thread can hold
+MAX_BYTES, MAX_PIXELS = 256_000_000, 64_000_000  # of a file; more than cameras make, and each thread holds 16 B a pixel
 
 
 def decode_face(data: bytes, size: int) -> np.ndarray:
@@ -330,23 +329,24 @@ def decode_face(data: bytes, size: int) -> np.ndarray:
 
 def _read(source: Path | zipfile.ZipFile, name: str) -> bytes:
     """One file of a folder or zip, unless it leads out of there, would be waited for, or would fill the memory."""
-    if isinstance(source, Path):
-        size = (source / name).lstat().st_size
-        plain = not (source / name).is_symlink() and (source / name).is_file()
-    else:  # what is packed otherwise than by deflate is unpacked without a bound
-        size, plain = source.getinfo(name).file_size, source.getinfo(name).compress_type <= zipfile.ZIP_DEFLATED
-        plain &= {"", "..", name[:1] + ":"}.isdisjoint(name.replace("\\", "/").split("/"))
-    if not plain:
-        raise ValueError("a link, pipe, closed folder, path out of the zip or unusual packing: copy it there as a plain file")
+    size = (source / name).lstat().st_size if isinstance(source, Path) else source.getinfo(name).file_size
     if size > MAX_BYTES:
         raise ValueError(f"{size:,} bytes, expected at most {MAX_BYTES:,}: make it smaller")
-    with (source / name).open("rb") if isinstance(source, Path) else source.open(name) as file:
+    if isinstance(source, Path):
+        if (source / name).is_symlink() or not (source / name).is_file():
+            raise ValueError("a link, a pipe or a folder that may not be read: put a plain file there")
+        return (source / name).read_bytes()
+    if name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
+        raise ValueError("an absolute or parent path, expected one inside the zip: pack it anew")
+    if source.getinfo(name).compress_type > zipfile.ZIP_DEFLATED:  # others are unpacked without a bound, whatever size says
+        raise ValueError("packed by bzip2 or the like, expected deflate: pack it anew")
+    with source.open(name) as file:
         return file.read(size)
 
 
 def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
     """Decode on all cores (Pillow releases the interpreter lock) into a file that gets its name when it is whole."""
-    opened = zipfile.ZipFile(source) if source.is_file() else source
+    opened: Path | zipfile.ZipFile = zipfile.ZipFile(source) if source.is_file() else source
     damaged = []
 
     def decode(name: str) -> bytes:
@@ -1024,7 +1024,7 @@ def sample(run: Run, n: int, seed: int = 0) -> Tensor:
 
 
 def train(config: Config, images: Tensor, run_dir: str | Path | None = None, device: torch.device | None = None,
-          progress: bool = True, on_epoch: Callable[[Run], dict[str, float] | None] | None = None, hours: float = math.inf,
+          progress: bool = True, on_epoch: Callable[[Run], dict[str, float] | None] | None = None, time_budget: float = math.inf,
           save_every: float = 120.0) -> Run:
     """Train one generator on images, uint8 (N, 3, S, S), and save the run into run_dir.
 
@@ -1034,8 +1034,8 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     same config on the same images and CPU gives the same history, seconds aside.
 
     on_epoch: called with the run at the end of every epoch; numbers that it returns join the epoch's record.
-    hours, Ctrl-C, 'Interrupt kernel' and SIGTERM: the run so far is saved and returned, and the same call goes on with it
-    later, as if nothing had been. So does a call after a crash, from a checkpoint that is at most save_every seconds old.
+    time_budget (in hours), Ctrl-C, 'Interrupt kernel' and SIGTERM: the run so far is saved and returned, and the same call
+    goes on with it later, as if nothing had been. So does a call after a crash, from a checkpoint that is at most save_every seconds old.
     """
     images, folder, device = check_images(images, config), Path(run_dir) if run_dir is not None else None, device or best_device()
     data = fingerprint(images)
@@ -1072,7 +1072,7 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
                 with training.clock_stopped():
                     training.history[-1].update(on_epoch(run) or {} if on_epoch else {})
             now = time.perf_counter()
-            stops = bool(signals) or now - begun > 3600 * hours
+            stops = bool(signals) or now - begun > 3600 * time_budget
             if folder is not None and (stops or now - saved > save_every):
                 save_checkpoint(training, folder, data)
                 saved = time.perf_counter()
@@ -1455,7 +1455,7 @@ def floor(images: Tensor, other: Tensor | None = None, n: int = 1024, seed: int 
     n = min(n, len(images), len(other))
     real, other = pick(images, n, seed), pick(other, n, seed)
     found = measure(real, other, seed)
-    return {"swd_floor": found["swd"], "ms_ssim_real": ms_ssim(real, seed), "diversity_real": found["diversity"],
+    return {"swd_floor": found["swd"], "ms_ssim_real": found["ms_ssim"], "diversity_real": found["diversity"],
             "coverage_real": found["coverage"], "fid_floor": found["fid"], "kid_floor": found["kid"], "measured_on": n}
 
 
@@ -1659,7 +1659,7 @@ def main(arguments: list[str] | None = None) -> None:
     train_.add_argument("preset", nargs="?", default="converged", choices=RUNS, metavar="preset", help=f"{', '.join(RUNS)}")
     train_.add_argument("changes", nargs="*", help="fields of Config, such as epochs=20 lr_d=1e-3; without a GPU "
                         "image_size=32 width=64 batch_size=64 are assumed")
-    train_.add_argument("--hours", type=float, default=math.inf, help="stop and save after so many")
+    train_.add_argument("--time-budget", type=float, default=math.inf, metavar="HOURS", help="stop and save after so many")
     sample_ = commands.add_parser("sample", help="a grid of samples as a picture")
     sample_.add_argument("--n", type=int, default=36)
     sample_.add_argument("--seed", type=int, default=0)
@@ -1676,7 +1676,7 @@ def main(arguments: list[str] | None = None) -> None:
             small = {} if best_device().type == "cuda" else {"image_size": 32, "width": 64, "batch_size": 64}
             config = RUNS[options.preset][0].but(**{**small, **dict(map(_parse_change, options.changes))})
             faces, _ = hold_out(_images(options.images, config.image_size))
-            train(config, faces, options.run or f"results/latest/{options.preset}", hours=options.hours)
+            train(config, faces, options.run or f"results/latest/{options.preset}", time_budget=options.time_budget)
             return
         run = load_run(options.run)
         if options.command == "sample":

@@ -38,7 +38,7 @@ def test_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cs, "find_faces", lambda: None)
     for _ in range(4):
-        cs.main(["train", "baseline", *TINY, "--hours", "0", "--run", "mine"])
+        cs.main(["train", "baseline", *TINY, "--time-budget", "0", "--run", "mine"])
     assert "at step 3 of 4" in capsys.readouterr().out and cs.load_run("mine").finished
 
 

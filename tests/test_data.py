@@ -1,10 +1,20 @@
 """Finding, decoding and caching faces; images of every mode and damage; procedural faces."""
 
+import contextlib
+import functools
+import io
 import os
+import shutil
+import signal
+import socket
+import struct
 import sys
+import tracemalloc
 import types
 import zipfile
+import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +46,17 @@ def photos(tmp_path):
         Image.new("RGB", (30, 40), (40 * k, 0, 0)).save(folder / f"{k}.png")
     Image.new("RGB", (40, 30), (200, 0, 0)).save(folder / "more" / "5.png")
     return folder
+
+
+@contextlib.contextmanager
+def in_time(seconds):
+    """An endless wait becomes an error."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"waited for more than {seconds} seconds"))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def load(source, tmp_path, size=16, **options):
@@ -120,14 +141,109 @@ def test_folder_and_zip_give_the_same_images_in_the_order_of_names(photos, tmp_p
     assert torch.equal(load(photos, tmp_path, limit=2), from_folder[:2])
 
 
-def test_links_are_followed_but_no_image_comes_twice(photos, tmp_path):
-    (photos / "more" / "round").symlink_to(photos)  # a circle
-    (photos / "gone.png").symlink_to(tmp_path / "nowhere")
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in ("a", "b"):
-        (linked / name).symlink_to(photos)
-    assert len(load(photos, tmp_path)) == len(load(linked, tmp_path)) == 6
+def test_no_link_is_followed_and_each_is_named(photos, tmp_path, capsys):
+    (tmp_path / "outside").mkdir()
+    Image.new("RGB", (30, 40), "white").save(tmp_path / "outside" / "secret.png")
+    outside = tmp_path / "outside"
+    for name, target in [("round", photos), ("itself", "itself"), ("there", "back"), ("back", "there"),
+                         ("gone.png", "nowhere"), ("twice.png", photos / "0.png"),
+                         ("out", outside), ("out.png", outside / "secret.png")]:
+        (photos / "more" / name).symlink_to(target)
+    images = load(photos, tmp_path)
+    said = capsys.readouterr().out
+    assert len(images) == 6 and images.float().mean((2, 3)).max() < 201  # the secret is white
+    links = [f"'{path.relative_to(photos)}'" for path in (photos / "more").iterdir() if path.is_symlink()]
+    assert "skipped 8 of 14 files" in said and all(link in said for link in links)
+
+
+def test_source_may_be_a_link_or_lie_behind_one(photos, tmp_path, decodings, capsys):
+    (tmp_path / "link").symlink_to(photos)
+    (tmp_path / "way").symlink_to(tmp_path)
+    assert len(load(tmp_path / "link", tmp_path)) == len(load(tmp_path / "way" / "link", tmp_path)) == 6
+    assert len(decodings) == 6 and "skipped" not in capsys.readouterr().out  # one place by two names: one cache
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileNotFoundError, match="loop.*no such folder or zip"):
+        load(tmp_path / "loop", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_file_is_skipped_and_never_waited_for(photos, tmp_path, capsys, monkeypatch, kind):
+    with in_time(20), socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(photos)  # a socket's path must be short
+        if kind == "pipe":
+            os.mkfifo("special.jpg")
+        else:
+            listener.bind("special.jpg")
+        assert len(load(photos, tmp_path)) == 6
+        assert "skipped 1 of 7 files: 'special.jpg'" in capsys.readouterr().out
+
+
+def test_pipe_as_source_is_refused_and_none_is_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("CSPGAN_DATA", raising=False)
+    os.mkfifo(tmp_path / "pipe.zip")
+    with in_time(20):
+        assert cs.find_faces((tmp_path,)) is None
+        with pytest.raises(FileNotFoundError, match="pipe.zip.*no such folder or zip"):
+            load(tmp_path / "pipe.zip", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "x/../../a.png", "..\\a.png", "C:\\a.png", "C:/a.png"])
+def test_zip_members_that_lead_out_are_skipped_and_named(tmp_path, capsys, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for member in ("x/in..side.png", name):
+            file.writestr(member, encoded(red()))
+    assert len(load(tmp_path / "a.zip", tmp_path)) == 1
+    assert f"skipped 1 of 2 files: {name!r} (ValueError: an absolute or parent path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [8_100, 10_000, 60_000])  # above our limit; where Pillow warns; where it refuses
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_picture_of_absurd_size_is_skipped_before_it_is_decoded(photos, tmp_path, capsys, monkeypatch, side):
+    data = bytearray(encoded(Image.new("1", (8, 8))))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))  # of the header, so that all looks right
+    (photos / "bomb.png").write_bytes(data)
+    monkeypatch.setattr(cs.ImageOps, "exif_transpose", lambda image, whole=cs.ImageOps.exif_transpose: whole(image)
+                        if max(image.size) < 100 else pytest.fail("decoded"))
+    assert len(load(photos, tmp_path)) == 6
+    said = capsys.readouterr().out
+    assert "skipped 1 of 7 files: 'bomb.png'" in said and "pixels" in said and "decoded" not in said
+
+
+def test_what_only_calls_itself_an_image_is_skipped(photos, tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(photos / "program.jpg", "EPS")  # Pillow would hand it to Ghostscript
+    Image.new("RGB", (40, 40)).save(photos / "z.jpg", "GIF")
+    assert len(load(photos, tmp_path)) == 7
+    assert "skipped 1 of 8 files: 'program.jpg' (UnidentifiedImageError" in capsys.readouterr().out
+
+
+def zipped_lie(path, packing, real=50_000_000, claimed=1000):
+    """A zip with one member that unpacks to more than it says."""
+    with zipfile.ZipFile(path, "w", packing) as file:
+        file.writestr("bomb.png", bytes(real))
+    data = bytearray(path.read_bytes())
+    for place in (22, data.index(b"PK\x01\x02") + 24):  # in the member's header and in the table of contents
+        data[place : place + 4] = struct.pack("<I", claimed)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "lying deflate", "lying bzip2", "lying lzma"])
+def test_file_of_absurd_size_is_skipped_and_not_read(photos, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(cs, "MAX_BYTES", 1_000_000, raising=False)
+    source = photos if kind == "folder" else tmp_path / "bomb.zip"
+    if kind == "folder":
+        (photos / "bomb.png").touch()
+        os.truncate(photos / "bomb.png", 50_000_000)  # takes no room on the disk
+    elif kind == "zip":
+        zipped_lie(source, zipfile.ZIP_DEFLATED, claimed=50_000_000)
+    else:
+        zipped_lie(source, {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}[kind[6:]])
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):  # none of the zip's 1 files can be read
+        load(source, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000 and "'bomb.png' (" in capsys.readouterr().out
 
 
 def test_damaged_files_are_skipped_counted_and_named(photos, tmp_path, capsys):
@@ -164,6 +280,33 @@ def test_unusable_sources_say_where_was_looked_and_what_to_do(tmp_path, make, wo
         load(make(tmp_path), tmp_path)
     for word in [*words, "CSPGAN_DATA", "toy_faces"]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["0.png", "more", "."])
+@pytest.mark.parametrize("way", ["bits", "told"])
+def test_what_may_not_be_read_is_skipped_and_named(photos, tmp_path, capsys, monkeypatch, what, way):
+    closed = photos / what
+    if way == "bits":
+        closed.chmod(0)
+        if os.access(closed, os.R_OK):
+            pytest.skip("permission bits do not bind this user")
+    else:
+        def refuse(path, *args, really, **options):
+            if Path(path) == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return really(path, *args, **options)
+
+        for module, name in ((os, "scandir"), (io, "open")):
+            monkeypatch.setattr(module, name, functools.partial(refuse, really=getattr(module, name)))
+    if what == ".":
+        with pytest.raises((ValueError, PermissionError), match="photos"):
+            load(photos, tmp_path)
+    else:
+        assert len(load(photos, tmp_path)) == 5
+        assert f"skipped 1 of 6 files: {what!r}" in capsys.readouterr().out
+    monkeypatch.undo()
+    closed.chmod(0o700)
+    assert len(load(photos, tmp_path)) == 6  # allowed again: taken, though no date has changed
 
 
 # ---- cache
@@ -223,6 +366,56 @@ def test_interrupted_decoding_leaves_the_old_cache_whole(photos, tmp_path, monke
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == kept
     monkeypatch.undo()
     assert torch.equal(load(photos, tmp_path), old)
+
+
+@pytest.mark.parametrize("what", ["photos", "emptied photos", "photos.zip"])  # a disk that is unmounted leaves an empty folder
+@pytest.mark.parametrize("when", ["before", "listed", "half decoded"])
+def test_vanished_source_is_named_and_the_old_cache_stays(photos, tmp_path, monkeypatch, what, when):
+    source = tmp_path / what.split()[-1]
+    if source.suffix:
+        shutil.make_archive(str(photos), "zip", photos)
+    load(source, tmp_path, limit=3)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+
+    def vanish():
+        source.unlink() if source.is_file() else shutil.rmtree(source, ignore_errors=True)
+        if what.startswith("emptied"):
+            source.mkdir()
+
+    def after(name, calls):
+        """The function `name`; before its n-th call the source vanishes."""
+        whole, calls = getattr(cs, name), iter([*[lambda: None] * (calls - 1), vanish])
+        monkeypatch.setattr(cs, name, lambda *args: (next(calls, lambda: None)(), whole(*args))[1])
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    after(*{"before": ("_list_images", 1), "listed": ("_decode_all", 1), "half decoded": ("decode_face", 3)}[when])
+    if source.suffix and when == "half decoded":  # an open file stays until it is closed
+        assert len(load(source, tmp_path)) == 6
+        return
+    with pytest.raises((OSError, ValueError), match=f"{source}.*CSPGAN_DATA"):
+        load(source, tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == kept
+
+
+def test_one_file_that_vanishes_once_listed_is_skipped_and_named(photos, tmp_path, monkeypatch, capsys):
+    listed = cs._list_images
+    monkeypatch.setattr(cs, "_list_images", lambda source: (listed(source), (photos / "0.png").unlink(missing_ok=True))[0])
+    assert len(load(photos, tmp_path)) == 5
+    assert "skipped 1 of 6 files: '0.png' (FileNotFoundError" in capsys.readouterr().out
+
+
+def test_disk_that_fills_up_while_decoding_is_named_and_the_old_cache_stays(photos, tmp_path):
+    resource = pytest.importorskip("resource")
+    load(photos, tmp_path, size=256, limit=2)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))  # three of the six pictures
+    try:
+        with pytest.raises(OSError, match="cache.*0.0 GB: free some, or pass another cache_dir"):
+            load(photos, tmp_path, size=256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == kept
 
 
 def test_source_that_could_not_be_read_is_tried_again(tmp_path, decodings):
@@ -292,10 +485,39 @@ def test_folder_is_found_with_its_subfolders_and_through_links(photos, tmp_path,
     for part in ("faces/a", "faces/b", "few"):
         (data / part).mkdir(parents=True)
         (data / part / "0.jpg").write_bytes(b"")
+    (data / "round").symlink_to(data)  # circles
+    (data / "up").symlink_to(tmp_path)
+    (data / "itself").symlink_to("itself")
+    (data / "few" / "photos").symlink_to(photos)  # inside a source: not followed
     assert cs.find_faces((data,)) == data / "faces"
     (data / "photos").symlink_to(photos)
-    (photos / "round").symlink_to(data)  # a circle
+    (photos / "round").symlink_to(data)
     assert cs.find_faces((data,)) == data / "photos"
+
+
+def test_zip_is_found_through_a_link_in_the_place_only_and_a_broken_one_passed_over(photos, tmp_path, monkeypatch):
+    monkeypatch.delenv("CSPGAN_DATA", raising=False)
+    archive = Path(shutil.make_archive(str(tmp_path / "all"), "zip", photos))
+    data = tmp_path / "data"
+    (data / "few").mkdir(parents=True)
+    (data / "few" / "0.jpg").write_bytes(b"")
+    (data / "few" / "out.zip").symlink_to(archive)
+    broken = bytearray(archive.read_bytes())
+    broken[broken.index(b"PK\x01\x02")] = 0  # the end is there, the table of contents is not
+    (data / "broken.zip").write_bytes(broken)
+    assert cs.find_faces((data,)) == data / "few"
+    (data / "faces.zip").symlink_to(archive)
+    assert cs.find_faces((data,)) == data / "faces.zip"
+
+
+def test_linked_celeba_is_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("CSPGAN_DATA", raising=False)
+    (tmp_path / "mounted" / "img_align_celeba").mkdir(parents=True)
+    (tmp_path / "mounted" / "img_align_celeba" / "0.jpg").write_bytes(b"")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "celeba-dataset").symlink_to(tmp_path / "mounted")
+    (tmp_path / "kaggle").symlink_to(tmp_path / "input")
+    assert cs.find_faces((tmp_path / "kaggle",)) == tmp_path / "kaggle" / "celeba-dataset" / "img_align_celeba"
 
 
 # ---- download

@@ -170,7 +170,7 @@ def test_notebook_runs_from_top_to_bottom_and_again(tmp_path):
     # "Run all" once more, with no time left and two runs missing: nothing is trained again, and the report says so
     for missing in ("slow_d_20", "dcgan"):
         shutil.rmtree(tmp_path / "results/latest" / missing)
-    second = run_notebook(tmp_path, CSPGAN_HOURS="0")
+    second = run_notebook(tmp_path, CSPGAN_TIME_BUDGET="0")
     assert json.dumps(second).count("Loaded, not trained") == len(records) - 2
     answer = json.dumps(code_cells(second)[0].outputs)
     assert "Cut short by the time budget: dcgan, seed 0: not begun; slow_d_20, seed 0: not begun" in answer

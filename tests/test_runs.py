@@ -38,9 +38,9 @@ def config(request, tiny):
 def test_run_interrupted_after_every_step_equals_one_that_was_not(config, toys, tmp_path, capsys):
     whole = cs.train(config, toys, progress=False)
     for step in range(1, 8):
-        run = cs.train(config, toys, tmp_path / "run", progress=False, hours=0)
+        run = cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0)
         assert not run.finished and run.stopped == "time" and f"stopped at step {step} of 8" in capsys.readouterr().out
-    run = cs.train(config, toys, tmp_path / "run", progress=False, hours=0)
+    run = cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0)
     assert run.finished and not run.stopped and same_run(whole, run) and same_run(whole, cs.load_run(tmp_path / "run"))
     assert run.seconds >= run.history[0]["seconds"] > 0
     assert not list((tmp_path / "run").glob("checkpoint*"))
@@ -147,7 +147,7 @@ def stopped(tiny, toys, tmp_path, capsys):
     """A folder with a run stopped at step 2 of 8, its checkpoint of step 1 still there."""
     config = tiny.but(epochs=2, epoch_images=64)
     for _ in range(2):
-        cs.train(config, toys, tmp_path / "run", progress=False, hours=0)
+        cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0)
     capsys.readouterr()
     return config, tmp_path / "run"
 
@@ -282,6 +282,12 @@ def test_callback_sees_every_epoch_and_adds_to_the_history_without_changing_the_
     for record in run.history:
         record.pop("score", None)
     assert same_run(run, plain)
+
+
+def test_run_or_load_passes_options_on(tiny, toys, tmp_path):
+    seen = []
+    run = cs.run_or_load(tiny, toys, tmp_path / "run", on_epoch=seen.append, progress=False)
+    assert seen == [run]
 
 
 def test_time_in_a_callback_is_no_training_time(tiny, toys):
