@@ -311,7 +311,8 @@ MAX_BYTES, MAX_PIXELS = 256_000_000, 64_000_000  # of a file; more than cameras 
 
 def decode_face(data: bytes, size: int) -> np.ndarray:
     """One encoded image of any mode as RGB uint8 (3, size, size): centred square, antialiased resize."""
-    image = Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "GIF"))  # EPS would start Ghostscript
+    formats = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # whatever the name says; EPS would start Ghostscript
+    image: Image.Image = Image.open(BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:  # from the header: nothing is decoded yet
         raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}: make it smaller")
     image = ImageOps.exif_transpose(image)
@@ -1035,7 +1036,8 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
 
     on_epoch: called with the run at the end of every epoch; numbers that it returns join the epoch's record.
     time_budget (in hours), Ctrl-C, 'Interrupt kernel' and SIGTERM: the run so far is saved and returned, and the same call
-    goes on with it later, as if nothing had been. So does a call after a crash, from a checkpoint that is at most save_every seconds old.
+    goes on with it later, as if nothing had been. So does a call after a crash, from a checkpoint that is at most
+    save_every seconds old.
     """
     images, folder, device = check_images(images, config), Path(run_dir) if run_dir is not None else None, device or best_device()
     data = fingerprint(images)
