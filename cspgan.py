@@ -28,6 +28,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -126,6 +127,7 @@ class Config:
                 if not (isinstance(value, kind if kind is int else (int, float)) and low <= value < high):
                     raise ValueError(f"{name}={value!r}: expected a {'whole ' * (kind is int)}number of at least {low}"
                                      + f" and below {high}" * (high < math.inf))
+                object.__setattr__(self, name, kind(value))  # a NumPy number could be saved, but not loaded again
         if self.lr_end > 1:
             raise ValueError(f"lr_end={self.lr_end}: expected a share from 0 to 1")
         if self.d_fewer >= len(channel_ladder(self)):
@@ -379,7 +381,7 @@ def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
 
 def write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -1043,18 +1045,18 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     data = fingerprint(images)
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
         images = images.to(device)  # a batch is then an index into GPU memory
-    training = Training(config, images, device)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # fails now, if at all, and not when the training is done
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, and not when the training is done
         if (folder / "generator.pt").exists():
             set_aside(folder)
-        resume(training, folder, data)
+    training = resume(config, images, device, folder, data) or Training(config, images, device)
     run = Run(config, training.history, training.kept, training.snapshots, environment(device))
     windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
     begun = saved = time.perf_counter()
-    name = folder.name if folder else config.label()
+    name = "/".join(folder.parts[-2:]) if folder else config.label()
     with progress_bar(training.steps, name, "step", progress) as bar, stop_signals() as signals:
-        bar.update(training.step)
+        bar.n = bar.initial = training.step
         while training.step < training.steps:
             training.advance()
             bar.update()
@@ -1065,22 +1067,26 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
                 bar.set_postfix_str(f"D {d_loss:.3f} G {g_loss:.3f}", refresh=False)
                 if not math.isfinite(d_loss + g_loss):
                     message = f"step {training.step}: D loss {d_loss}, G loss {g_loss}, with {config.label()}"
-                    if folder is None or not resume(training, folder, data):
+                    good = resume(config, images, device, folder, data)
+                    if good is None:
                         raise FloatingPointError(f"{message}. There is no checkpoint to go back to: try a lower learning rate.")
                     print(f"{message}. This is the run as it was at its last good checkpoint.")
-                    return Run(config, training.history, training.kept, training.snapshots, run.environment, "not finite")
+                    return Run(config, good.history, good.kept, good.snapshots, run.environment, "not finite")
             if ends_epoch:
                 training.check_up()
                 with training.clock_stopped():
-                    training.history[-1].update(on_epoch(run) or {} if on_epoch else {})
+                    found = (on_epoch(run) if on_epoch else None) or {}
+                    training.history[-1].update({key: float(value) for key, value in found.items()})
             now = time.perf_counter()
-            stops = bool(signals) or now - begun > 3600 * time_budget
+            out_of_time = now - begun > 3600 * time_budget
+            stops = bool(signals) or out_of_time
             if folder is not None and (stops or now - saved > save_every):
-                save_checkpoint(training, folder, data)
+                is_saved = save_checkpoint(training, folder, data)
                 saved = time.perf_counter()
+            run.stopped = signals[0] if signals else "time" if out_of_time and training.step < training.steps else ""
             if stops and training.step < training.steps:
-                run.stopped = signals[0] if signals else "time"
-                print(f"{run.stopped}: stopped at step {training.step} of {training.steps}. The same call goes on from here.")
+                hope = "The same call goes on from here." if folder and is_saved else "It is not saved."
+                print(f"{run.stopped}: stopped at step {training.step} of {training.steps}. {hope}")
                 return run
     if folder is not None:
         save_run(run, folder, data)
@@ -1114,20 +1120,21 @@ def stop_signals() -> Iterator[list[str]]:
         yield names
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 FORMAT = 1  # of checkpoints: to be raised when an older module could misread them
 
 
-def save_checkpoint(training: Training, folder: Path, data: str) -> None:
-    """checkpoint.pt, with the previous one as checkpoint.old.pt; weights that are not finite are not saved.
+def save_checkpoint(training: Training, folder: Path, data: str) -> bool:
+    """checkpoint.pt, with the previous one as checkpoint.old.pt; False where it was not saved.
 
-    Where it cannot be written, that is said, what was there stays, and the training goes on.
+    Weights that are not finite are not saved. Where the folder cannot be written, that is said, and what was there stays.
     """
     if not all(p.isfinite().all() for network in (training.generator, training.discriminator) for p in network.parameters()):
-        return
-    state = {"format": FORMAT, "config": dataclasses.asdict(training.config), "data": data, "training": training.state_dict()}
+        return False
+    state = {"format": FORMAT, "config": dataclasses.asdict(training.config), "data": data, "code": CODE,
+             "training": training.state_dict()}
     new, path = folder / "checkpoint.new.pt", folder / "checkpoint.pt"
     try:
         write_aside(new, lambda file: torch.save(state, file))
@@ -1135,29 +1142,42 @@ def save_checkpoint(training: Training, folder: Path, data: str) -> None:
             os.replace(path, folder / "checkpoint.old.pt")
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
-        print(f"step {training.step}: no checkpoint, {folder} cannot be written ({said(error)}). Training goes on.")
+        print(f"step {training.step}: no checkpoint, {folder} cannot be written ({said(error)}).")
+        return False
+    return True
 
 
-def resume(training: Training, folder: Path, data: str) -> bool:
-    """Bring training to the newest good checkpoint in folder; False where there is none. One of another run is set aside."""
-    for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt"):
-        if not path.exists():
+def resume(config: Config, images: Tensor, device: torch.device, folder: Path | None, data: str) -> Training | None:
+    """The training of the newest good checkpoint in folder; None where there is none.
+
+    A checkpoint that cannot be used is named and put aside as it is, the run of another config or other images as well.
+    """
+    for name in ("checkpoint.new.pt", "checkpoint.pt", "checkpoint.old.pt"):
+        if folder is None or not (path := folder / name).exists():
             continue
+        training = Training(config, images, device)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if saved["format"] > FORMAT:
                 raise ValueError(f"it has format {saved['format']}, this module reads up to {FORMAT}: update cspgan.py")
-            if differing := differences(saved, training.config, data):
-                set_aside(folder, differing)
-                folder.mkdir()
-                return False
-            training.load_state_dict(saved["training"])
+            differing, state = differences(saved, config, data), saved["training"]
+            if not differing:
+                if len(state["noise"]) != len(training.noise.get_state()):
+                    print(f"{path} was made on another kind of device: the noise begins anew, so not bit for bit.")
+                    state["noise"] = training.noise.manual_seed((state["step"] << 16) + 4 * config.seed + 2).get_state()
+                training.load_state_dict(state)
         except Exception as error:  # whatever a damaged file raises, the one before it may be whole
             print(f"{path} is refused ({said(error)}).")
+            with contextlib.suppress(OSError):
+                path.replace(path.with_suffix(".refused"))
             continue
-        print(f"Resumed: {folder} [{training.config.label()}] at step {training.step} of {training.steps}.")
-        return True
-    return False
+        if differing:
+            set_aside(folder, differing)
+            return None
+        code = "" if saved["code"] == CODE else f", so far by code {saved['code']} (the code is {CODE} now)"
+        print(f"Resumed: {folder} [{config.label()}] at step {training.step} of {training.steps}{code}.")
+        return training
+    return None
 
 
 def differences(saved: dict[str, Any], config: Config, data: str) -> str:
@@ -1168,14 +1188,16 @@ def differences(saved: dict[str, Any], config: Config, data: str) -> str:
 
 
 def set_aside(folder: Path, differing: str = "") -> None:
-    """Rename a folder that holds a run, so that nothing is overwritten."""
+    """Move the files of a run to a folder beside it, so that nothing is overwritten; folders in it are other runs, and stay."""
     kept = next(p for k in range(1, 1000) if not (p := folder.with_name(f"{folder.name}.old{k}")).exists())
-    folder.rename(kept)
-    print(f"{folder} held another run{f' ({differing})' * bool(differing)}, which is kept as {kept.name}: training anew.")
+    kept.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(kept / path.name)
+    print(f"{folder} held {f'another run ({differing})' if differing else 'a run'}, which is kept as {kept.name}: training anew.")
 
 
 def fingerprint(images: Tensor) -> str:
-    """A short name for a dataset: its shape and the hash of up to 256 of its images."""
+    """A short name for a dataset: its shape and the hash of some of its images."""
     some = images[:: max(1, len(images) // 256)].cpu().contiguous()
     return f"{'x'.join(map(str, images.shape))}-{hashlib.sha1(some.numpy().tobytes()).hexdigest()[:8]}"
 
@@ -1189,8 +1211,9 @@ def save_run(run: Run, folder: Path, data: str) -> None:
     try:
         write_aside(folder / "snapshots.pt", lambda file: torch.save(run.snapshots, file))
         write_json(folder / "history.json", about, indent=None)  # 200 records: a line, not 2,000
-        write_aside(folder / "generator.pt", lambda file: torch.save(run.generator.state_dict(), file))  # last: the run is whole
-        for old in folder.glob("checkpoint*.pt"):
+        weights = {name: value.cpu() for name, value in run.generator.state_dict().items()}
+        write_aside(folder / "generator.pt", lambda file: torch.save(weights, file))  # last: now the run is whole
+        for old in folder.glob("checkpoint*.pt*"):
             old.unlink()
     except (OSError, RuntimeError) as error:
         print(f"{folder} cannot be written ({said(error)}): the run is in memory only. Free some space and save "
@@ -1202,13 +1225,16 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / "generator.pt").exists():
         raise FileNotFoundError(f"{folder}/generator.pt: no finished run here. Train one: train(config, images, {str(folder)!r})")
-    saved = json.loads((folder / "history.json").read_text())
-    config = Config(**saved["config"])
-    generator = GENERATORS[config.generator](config).to(best_device())
-    generator.load_state_dict(torch.load(folder / "generator.pt", map_location=best_device(), weights_only=True))
-    snapshots = folder / "snapshots.pt"
-    return Run(config, saved["history"], generator, torch.load(snapshots, weights_only=True) if snapshots.exists() else [],
-               saved["environment"])
+    try:
+        saved = json.loads((folder / "history.json").read_text())
+        config = Config(**saved["config"])
+        generator = GENERATORS[config.generator](config).to(best_device())
+        generator.load_state_dict(torch.load(folder / "generator.pt", map_location=best_device(), weights_only=True))
+        snapshots = torch.load(folder / "snapshots.pt", weights_only=True) if (folder / "snapshots.pt").exists() else []
+    except Exception as error:  # whatever a damaged file raises
+        raise ValueError(f"{folder} holds a damaged run ({said(error)}): rename the folder and train again") from error
+    snapshots = snapshots or [(int(saved["history"][-1]["images"]), draw(generator, config, 256)[:36])]
+    return Run(config, saved["history"], generator, snapshots, saved["environment"])
 
 
 def run_or_load(config: Config, images: Tensor, run_dir: str | Path, **options: Any) -> Run:
@@ -1670,16 +1696,19 @@ def main(arguments: list[str] | None = None) -> None:
     for command in (train_, evaluate_):
         command.add_argument("--images", type=Path, help="folder or zip")
     for command in (sample_, evaluate_):
-        command.add_argument("run", nargs="?", default="results/latest/converged", help="folder of a finished run")
-    train_.add_argument("--run", help="folder of the run; by default results/latest/ and the preset's name")
-    options = parser.parse_args(arguments)
+        command.add_argument("run", nargs="?", default="results/latest/shell/converged", help="folder of a finished run")
+    train_.add_argument("--run", help="folder of the run; by default results/latest/shell/ and the preset's name")
+    options, more = parser.parse_known_args(arguments)  # fields may follow the options as well
+    if any(text.startswith("-") for text in more) or more and options.command != "train":
+        parser.error(f"{options.command}: unknown argument {more[0]!r}")
     try:
         if options.command == "train":
             small = {} if best_device().type == "cuda" else {"image_size": 32, "width": 64, "batch_size": 64}
-            config = RUNS[options.preset][0].but(**{**small, **dict(map(_parse_change, options.changes))})
+            config = RUNS[options.preset][0].but(**{**small, **dict(map(_parse_change, options.changes + more))})
             faces, _ = hold_out(_images(options.images, config.image_size))
-            train(config, faces, options.run or f"results/latest/{options.preset}", time_budget=options.time_budget)
-            return
+            folder = options.run or f"results/latest/shell/{options.preset}"
+            run = run_or_load(config, faces, folder, time_budget=options.time_budget)
+            sys.exit(130 if run.stopped.startswith("SIG") else 0)
         run = load_run(options.run)
         if options.command == "sample":
             out = options.out or Path(options.run) / "samples.png"

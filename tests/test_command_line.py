@@ -9,6 +9,12 @@ import cspgan as cs
 TINY = ["image_size=16", "width=16", "z_dim=8", "batch_size=16", "epochs=1", "epoch_images=64"]
 
 
+def shell(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cs.main(arguments)
+    assert not stop.value.code
+
+
 @pytest.fixture
 def images(toys, tmp_path):
     from PIL import Image
@@ -23,13 +29,13 @@ def images(toys, tmp_path):
 def test_train_sample_evaluate_on_a_folder(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cs, "CACHE_DIR", tmp_path / "cache")
-    cs.main(["train", "h1_bn_leaky", *TINY, "head=tanh", "lr_d=1e-3", "--images", str(images)])
-    run = cs.load_run("results/latest/h1_bn_leaky")
+    shell(["train", "h1_bn_leaky", *TINY, "--images", str(images), "head=tanh", "lr_d=1e-3"])
+    run = cs.load_run("results/latest/shell/h1_bn_leaky")
     assert run.config.head == "tanh" and run.config.lr_d == 1e-3 and run.config.block_norm == "both"
-    cs.main(["sample", "results/latest/h1_bn_leaky", "--n", "9"])
-    assert (tmp_path / "results/latest/h1_bn_leaky/samples.png").stat().st_size > 1000
+    cs.main(["sample", "results/latest/shell/h1_bn_leaky", "--n", "9"])
+    assert (tmp_path / "results/latest/shell/h1_bn_leaky/samples.png").stat().st_size > 1000
     capsys.readouterr()
-    cs.main(["evaluate", "results/latest/h1_bn_leaky", "--images", str(images)])
+    cs.main(["evaluate", "results/latest/shell/h1_bn_leaky", "--images", str(images)])
     record = json.loads(capsys.readouterr().out)
     assert record["measured_on"] == 10 and record["swd"]["avg"] > 0
 
@@ -38,7 +44,7 @@ def test_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cs, "find_faces", lambda: None)
     for _ in range(4):
-        cs.main(["train", "baseline", *TINY, "--time-budget", "0", "--run", "mine"])
+        shell(["train", "baseline", *TINY, "--time-budget", "0", "--run", "mine"])
     assert "at step 3 of 4" in capsys.readouterr().out and cs.load_run("mine").finished
 
 
@@ -55,3 +61,9 @@ def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cs.main(arguments)
     assert words in str(stop.value) and "\n" not in str(stop.value) and str(stop.value).startswith(f"cspgan.py {arguments[0]}: ")
+
+
+def test_unknown_option_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cs.main(["train", "baseline", "--imges", "x"])
+    assert "unknown argument '--imges'" in capsys.readouterr().err

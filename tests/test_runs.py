@@ -176,6 +176,49 @@ def test_bad_checkpoint_is_refused_by_name_and_the_one_before_is_used(stopped, t
     assert same_run(run, cs.train(config, toys, progress=False))
 
 
+def test_refused_checkpoint_is_kept_and_does_not_push_the_good_one_out(stopped, toys):
+    config, folder = stopped
+    damage(folder / "checkpoint.pt", "newer")
+    refused, good = (folder / "checkpoint.pt").read_bytes(), (folder / "checkpoint.old.pt").read_bytes()
+    assert not cs.train(config, toys, folder, progress=False, time_budget=0).finished
+    assert (folder / "checkpoint.refused").read_bytes() == refused and (folder / "checkpoint.old.pt").read_bytes() == good
+
+
+def test_checkpoint_whose_parts_do_not_fit_leaves_nothing_behind(stopped, toys, capsys):
+    """The networks fit, something after them does not: what was loaded before must not be trained on."""
+    config, folder = stopped
+    (folder / "checkpoint.old.pt").unlink()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del saved["training"]["history"]
+    torch.save(saved, folder / "checkpoint.pt")
+    run = cs.train(config, toys, folder, progress=False)
+    assert "is refused" in capsys.readouterr().out and same_run(run, cs.train(config, toys, progress=False))
+
+
+def test_checkpoint_that_was_whole_but_not_yet_in_its_place_is_used(stopped, toys, capsys):
+    config, folder = stopped
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.new.pt")  # killed between the two renames
+    run = cs.train(config, toys, folder, progress=False)
+    assert "at step 2 of 8" in capsys.readouterr().out and same_run(run, cs.train(config, toys, progress=False))
+
+
+def test_checkpoint_of_another_kind_of_device_goes_on_with_new_noise(stopped, toys, capsys):
+    config, folder = stopped
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["training"]["noise"] = torch.zeros(16, dtype=torch.uint8)  # as a GPU's
+    torch.save(saved, folder / "checkpoint.pt")
+    run = cs.train(config, toys, folder, progress=False)
+    said = capsys.readouterr().out
+    assert "another kind of device" in said and "at step 2 of 8" in said and run.finished
+
+
+def test_checkpoint_by_other_code_says_so(stopped, toys, capsys, monkeypatch):
+    config, folder = stopped
+    monkeypatch.setattr(cs, "CODE", "another1")
+    cs.train(config, toys, folder, progress=False)
+    assert "(the code is another1 now)" in capsys.readouterr().out
+
+
 def test_with_no_good_checkpoint_it_starts_anew(stopped, toys, capsys):
     config, folder = stopped
     for name in ("checkpoint.pt", "checkpoint.old.pt"):
@@ -220,7 +263,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_old_one_and_the_training_g
     said = capsys.readouterr().out
     assert run.finished and said.count("no checkpoint") == 6 and "in memory only" in said
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert {path.name for path in folder.iterdir()} <= {"checkpoint.pt", "checkpoint.old.pt", "snapshots.pt", "history.json"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "checkpoint.old.pt"}
     monkeypatch.undo()
     assert same_run(run, cs.train(config, toys, folder, progress=False))
 
@@ -352,6 +395,48 @@ def test_generator_is_a_plain_state_dict_that_loads_in_three_lines(config, toys,
     generator = cs.Generator(same)
     generator.load_state_dict(torch.load(tmp_path / "generator.pt", weights_only=True))
     assert torch.equal(cs.draw(generator, same, 5, seed=2), cs.sample(run, 5, seed=2))
+
+
+@pytest.mark.parametrize("where", ["train", "run_or_load"])
+def test_training_anew_keeps_the_old_run_and_the_runs_inside_it(tiny, toys, tmp_path, where):
+    for name in ("run", "run/seed1"):
+        cs.train(tiny, toys, tmp_path / name, progress=False)
+    old = (tmp_path / "run/generator.pt").read_bytes()
+    again = cs.train(tiny, toys, tmp_path / "run", progress=False) if where == "train" else cs.run_or_load(
+        tiny.but(seed=2), toys, tmp_path / "run", progress=False)
+    assert same_run(cs.load_run(tmp_path / "run"), again) and (tmp_path / "run.old1/generator.pt").read_bytes() == old
+    assert cs.load_run(tmp_path / "run/seed1").finished and not (tmp_path / "run.old1/seed1").exists()
+
+
+def test_numpy_numbers_are_saved_as_plain_ones(tiny, toys, tmp_path):
+    import numpy as np
+
+    config = tiny.but(lr_g=np.float64(1e-3), epochs=2)
+    for _ in range(3):
+        cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0, on_epoch=lambda run: {"x": np.float64(2), "y": torch.ones(1)})
+    assert same_run(cs.train(config, toys, tmp_path / "run", progress=False, on_epoch=lambda run: {"x": 2, "y": 1}),
+                    cs.load_run(tmp_path / "run"))
+
+
+def test_run_without_snapshots_gets_its_last_one_back(config, toys, tmp_path):
+    run = cs.train(config, toys, tmp_path, progress=False)
+    (tmp_path / "snapshots.pt").unlink()
+    ((images, snapshot),) = cs.load_run(tmp_path).snapshots
+    assert images == run.snapshots[-1][0] and torch.equal(snapshot, run.snapshots[-1][1])
+
+
+@pytest.mark.parametrize("name", ["generator.pt", "history.json"])
+def test_damaged_run_is_an_error_of_one_line(tiny, toys, tmp_path, name):
+    cs.train(tiny, toys, tmp_path, progress=False)
+    damage(tmp_path / name, "truncated")
+    with pytest.raises(ValueError, match="damaged run") as error:
+        cs.load_run(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_signal_in_the_last_step_is_not_forgotten(tiny, toys, tmp_path):
+    run = cs.train(tiny, toys, tmp_path / "run", progress=False, on_epoch=lambda run: os.kill(os.getpid(), signal.SIGINT))
+    assert run.finished and run.stopped == "SIGINT" and cs.load_run(tmp_path / "run").finished
 
 
 def test_folder_without_a_run_says_what_to_do(tmp_path):
