@@ -1657,6 +1657,8 @@ def results_table(records: list[dict[str, Any]]) -> str:
 
     One row for each preset, mean ± half the range over its seeds; direction and reference in the header.
     """
+    if not records:
+        raise ValueError("no records: no run is finished yet")
     first = records[0]
     lines = [
         f"| preset | difference | seeds | images seen | SWD x1e3 ↓ (real: {first['swd_floor']['avg']:.1f}) | diversity → 1 | "

@@ -174,6 +174,6 @@ def test_notebook_runs_from_top_to_bottom_and_again(tmp_path):
     second = run_notebook(tmp_path, CSPGAN_TIME_BUDGET="0")
     assert json.dumps(second).count("Loaded, not trained") == len(records) - 2
     answer = json.dumps(code_cells(second)[0].outputs)
-    assert "Cut short by the time budget: dcgan, seed 0: not begun; slow_d_20, seed 0: not begun" in answer
+    assert "Not finished: dcgan, seed 0: not begun; slow_d_20, seed 0: not begun" in answer
     assert len(json.loads((tmp_path / "results/latest/table.json").read_text())) == len(records)
     assert size < 4e6
