@@ -1573,7 +1573,7 @@ def plot_losses(run: Run, title: str = "") -> Figure:
 
 def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
     """One row of n samples for each run, the same noise in every row."""
-    figure = Figure(figsize=(10, 8.3 / n * len(runs)))  # rows as high as n square images across are, a little apart
+    figure = Figure(figsize=(10, 8.3 / n * len(runs)), dpi=72)  # rows as high as n square images across are, a little apart
     margins = {"left": 0.2, "right": 0.995, "top": 1 - 0.01 / len(runs), "bottom": 0.01 / len(runs), "hspace": 0.04}
     for ax, (name, run) in zip(figure.subplots(len(runs), 1, squeeze=False, gridspec_kw=margins)[:, 0], runs.items()):
         ax.imshow(make_grid(sample(run, n, seed), nrow=n, padding=1, pad_value=255).permute(1, 2, 0).numpy())
