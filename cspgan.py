@@ -1,6 +1,6 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces (128x128x3).
 
-Read from top to bottom: config, environment, data, models, losses, training loop, metrics, plots.
+Read from top to bottom: config, environment, data, models, losses, training, presets, runs, metrics, plots, command line.
 The report that uses all of it is gan_hw.ipynb. Every experiment is one line:
 
     run = train(BASELINE.but(block_norm="both", block_act="leaky_relu"), images, "results/my_idea")
