@@ -123,3 +123,15 @@ def test_wrong_values_are_named_with_the_legal_ones(changes, words):
         BASELINE.but(**changes)
     for word in words:
         assert word in str(error.value)
+
+
+def test_gpu_that_is_listed_but_cannot_be_used_is_named_at_once(monkeypatch, capsys):
+    """As a P100 under a PyTorch without kernels for it: the first operation fails, not is_available()."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "Tesla P100")
+    monkeypatch.setattr(cs.F, "conv2d", lambda *args: (_ for _ in ()).throw(RuntimeError("no kernel image is available")))
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *args, device=None: ones(*args))
+    assert cs.best_device.__wrapped__() == torch.device("cpu")
+    said = capsys.readouterr().out
+    assert "Tesla P100 is listed but cannot be used" in said and "no kernel image" in said and "T4" in said
