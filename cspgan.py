@@ -119,7 +119,8 @@ class Config:
         lowest = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1}  # the others: 0
         below = {"label_smoothing": 1, "beta1": 1, "beta2": 1}
         for field in dataclasses.fields(self):
-            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            name, value = field.name, getattr(self, field.name)
+            kind: Any = type(field.default)
             if name in legal:
                 if value not in legal[name] or type(value) is not kind:
                     raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, legal[name]))}")

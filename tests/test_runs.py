@@ -408,14 +408,16 @@ def test_training_anew_keeps_the_old_run_and_the_runs_inside_it(tiny, toys, tmp_
     assert cs.load_run(tmp_path / "run/seed1").finished and not (tmp_path / "run.old1/seed1").exists()
 
 
-def test_numpy_numbers_are_saved_as_plain_ones(tiny, toys, tmp_path):
+def test_numpy_numbers_are_saved_as_plain_ones(tiny, toys, tmp_path, capsys):
     import numpy as np
 
     config = tiny.but(lr_g=np.float64(1e-3), epochs=2)
     for _ in range(3):
-        cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0, on_epoch=lambda run: {"x": np.float64(2), "y": torch.ones(1)})
+        cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0,
+                 on_epoch=lambda run: {"x": np.float64(2), "y": torch.ones(1)})
     assert same_run(cs.train(config, toys, tmp_path / "run", progress=False, on_epoch=lambda run: {"x": 2, "y": 1}),
                     cs.load_run(tmp_path / "run"))
+    assert "refused" not in capsys.readouterr().out
 
 
 def test_run_without_snapshots_gets_its_last_one_back(config, toys, tmp_path):
