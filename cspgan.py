@@ -361,24 +361,19 @@ def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
             damaged.append(f"{name!r} ({type(error).__name__}: {error})")
             return b""
 
-    part = cache.with_suffix(f".part{os.getpid()}")
-    try:
-        with (open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool,
-              progress_bar(len(names), "decoding", "image") as bar):
+    def write(file: IO[bytes]) -> None:
+        with (ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(names), "decoding", "image") as bar):
             for start in range(0, len(names), 1024):  # in blocks, so that results never pile up in memory
                 block = names[start : start + 1024]
                 file.writelines(pool.map(decode, block))
                 bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
         if damaged:
             shown = "; ".join(sorted(damaged)[:10]) + " ..." * (len(damaged) > 10)
             print(f"skipped {len(damaged)} of {len(names)} files: {shown}")
         if damaged and not _list_images(source) or len(damaged) == len(names):  # vanished, or of no use
             raise ValueError(f"{source}: none of its {len(names)} image files can be read. {HOW_TO_GET_FACES}")
-        os.replace(part, cache)
-    finally:
-        part.unlink(missing_ok=True)
+
+    write_aside(cache, write)
 
 
 def write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
