@@ -18,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -28,15 +29,18 @@ import os
 import platform
 import shutil
 import signal
+import socket
+import stat
 import sys
 import tempfile
 import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
@@ -44,10 +48,12 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -109,14 +115,24 @@ class Config:
     ema_images: int = 0  # half-life, in images, of a running mean of G's weights, which is then what is kept; 0: none
     d_every: int = 1  # D learns in every d_every-th step, G in every one
     seed: int = 0  # of weights, noise and data order
+    # speed: the same training by other means, equal up to rounding; "auto" goes by the hardware, see `on_hardware`
+    precision: str = "auto"  # of the networks: "float32", "bfloat16" or "float16"; penalties are always in float32
+    layout: str = "auto"  # of images and weights in memory: "contiguous" or "channels_last"
+    penalties: str = "auto"  # R1 and R2 by "double_backward", as they are written, or "linear": see `d_backward_linear`
+    adam: str = "auto"  # "plain", or "fused": all weights in one kernel
+    graph: str = "auto"  # a step is recorded once as a CUDA graph and then replayed: "on" or "off"
+    memory: str = "auto"  # what a CPU step frees goes back to the system ("return") or waits for the next one ("keep")
+    accumulate: int = 1  # a batch goes through the networks in so many parts: takes less memory, BatchNorm goes by parts
 
     def __post_init__(self) -> None:
         legal = {
             "image_size": (16, 32, 64, 128, 256), "head": HEADS, "generator": GENERATORS, "stem": ("cspup", "deconv"),
             "deconv_kernel": DECONVS, "block_act": ACTIVATIONS, "block_norm": ("none", "right", "both"), "d_norm": (True, False),
-            "loss": D_LOSSES, "init": INITS, "flip": (True, False), "augment": (True, False),
+            "loss": D_LOSSES, "init": INITS, "flip": (True, False), "augment": (True, False), "precision": ("auto", "float32", *HALF),
+            "layout": ("auto", *LAYOUTS), "penalties": ("auto", "double_backward", "linear"), "adam": ("auto", "plain", "fused"),
+            "graph": ("auto", "on", "off"), "memory": ("auto", "return", "keep"),
         }
-        lowest = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1}  # the others: 0
+        lowest = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1, "accumulate": 1}  # the others: 0
         below = {"label_smoothing": 1, "beta1": 1, "beta2": 1}
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -136,6 +152,12 @@ class Config:
             raise ValueError(f"d_fewer={self.d_fewer}: D has {len(channel_ladder(self))} such convolutions at {self.image_size} px")
         if self.epoch_images is not None and not (isinstance(self.epoch_images, int) and self.epoch_images >= self.batch_size):
             raise ValueError(f"epoch_images={self.epoch_images}: expected at least one batch of {self.batch_size}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate}: expected a divisor of batch_size={self.batch_size}")
+        if self.penalties == "linear" and self.d_norm:
+            raise ValueError("penalties='linear': D with BatchNorm (d_norm=True) is not linear between kinks: 'double_backward'")
+        if self.graph == "on" and (self.d_every > 1 or self.accumulate > 1 or self.precision == "float16"):
+            raise ValueError("graph='on': needs d_every=1, accumulate=1 and no float16, so that all steps are alike")
 
     def but(self, **changes: Any) -> Config:
         """The same config with some fields changed: one experiment is one call."""
@@ -188,11 +210,23 @@ def said(error: BaseException) -> str:
 def environment(device: torch.device) -> dict[str, str]:
     """What a number depends on beside the config: hardware, versions, date and the hash of the code."""
     is_gpu, cores = device.type == "cuda", torch.get_num_threads()
+    times = f"{processes()} x " if processes() > 1 else ""
     return {
-        "hardware": torch.cuda.get_device_name(device) if is_gpu else f"{cores} CPU core{'s' * (cores > 1)}",
+        "hardware": times + (torch.cuda.get_device_name(device) if is_gpu else f"{cores} CPU core{'s' * (cores > 1)}"),
         "python": platform.python_version(), "torch": str(torch.__version__),
         "code": CODE, "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """MB that this process has held at most: of a GPU's memory, or of main memory with all else that it did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 class _NotebookOutput:
@@ -222,6 +256,99 @@ def progress_bar(total: int, label: str, unit: str, show: bool = True) -> tqdm:
     pause = 2.0 if in_notebook else 0.1 if sys.stderr.isatty() else 30.0  # seconds between two states
     return tqdm(total=total, desc=label, unit=unit, file=file, mininterval=pause, maxinterval=60, disable=not show,
                 ascii=False, dynamic_ncols=not in_notebook, ncols=100 if in_notebook else None)
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+# With several GPUs, one process each trains its share of every batch, with averaged gradients, as if it were one. The first
+# process is the program itself; the others only train along. They come from torchrun, or the first one hires them.
+
+HIRED: list[Any] = []
+
+
+def processes() -> int:
+    """How many train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is; 0 is the program that writes, shows and decides."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def join(this: int, world: int, address: str) -> None:
+    """Become process `this` of `world`; address: "env://" for torchrun's, or "tcp://host:port" of the first one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", this)))
+    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", init_method=address, rank=this,
+                            world_size=world, timeout=timedelta(days=7))  # while the first one measures, the others wait
+
+
+def hire(world: int) -> None:
+    """Start the other processes, for a program that torchrun has not started: a notebook."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    context = torch.multiprocessing.get_context("spawn")
+    HIRED.extend(context.Process(target=follow, args=(this, world, address), daemon=True) for this in range(1, world))
+    for process in HIRED:
+        process.start()
+    join(0, world, address)
+
+
+def dismiss() -> None:
+    """End the processes that were hired."""
+    for process in HIRED:
+        process.kill()
+    if HIRED:
+        HIRED.clear()
+        dist.destroy_process_group()
+
+
+def follow(this: int, world: int, address: str) -> None:
+    """All that a process but the first does: trains along, run after run, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop, and says so
+    join(this, world, address)
+    while (config := agree(None)) is not None:
+        with contextlib.suppress(FloatingPointError):
+            train(Config(**config), share(None), progress=False)
+
+
+def agree(value: Any) -> Any:
+    """What the first process says, in all of them. It goes by the CPU: no GPU is waited for."""
+    if processes() > 1:
+        said_by_first = [value]
+        dist.broadcast_object_list(said_by_first, device=torch.device("cpu"))
+        (value,) = said_by_first
+    return value
+
+
+def averaged(x: Tensor) -> Tensor:
+    """The mean of x over the processes, in all of them."""
+    if processes() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+def share(images: Tensor | None) -> Tensor:
+    """The first process's images in all of them, uint8 (N, 3, S, S), wherever they have room."""
+    shape, device = agree(images.shape if images is not None else None), best_device()
+    if images is None:
+        images = torch.empty(shape, dtype=torch.uint8)
+        images = images.to(device) if fits_on(device, images) else images
+    for part in images.split(4096):
+        sent = part.to(device).contiguous()
+        dist.broadcast(sent, 0)
+        if rank() > 0:
+            part.copy_(sent)
+    return images
+
+
+def fits_on(device: torch.device, images: Tensor) -> bool:
+    """Whether images leave a GPU three quarters of its free memory."""
+    return device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4
 
 
 # -------------------------------------------------------------------------------------------------- data
@@ -290,8 +417,8 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     if not names:
         raise ValueError(f"{source}: no {', '.join(IMAGE_ENDINGS)} file in it. {HOW_TO_GET_FACES}")
     paths = [source] if source.is_file() else map(source.joinpath, names)
-    stats = [path.lstat() for path in paths if os.path.lexists(path)]  # what has just vanished is named below
-    made_from = (names, [(stat.st_size, stat.st_mtime_ns, stat.st_mode) for stat in stats], CROP)
+    states = [path.lstat() for path in paths if os.path.lexists(path)]  # what has just vanished is named below
+    made_from = (names, [(state.st_size, state.st_mtime_ns, state.st_mode) for state in states], CROP)
     place, state = (hashlib.sha1(repr(part).encode()).hexdigest()[:8] for part in (str(source), made_from))
     cache = cache_dir / f"{source.stem}-{size}px-{place}-{state}.u8"  # with this name, a file that exists is up to date
     image_bytes = 3 * size * size
@@ -319,13 +446,15 @@ def decode_face(data: bytes, size: int) -> np.ndarray:
     image: Image.Image = Image.open(BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:  # from the header: nothing is decoded yet
         raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}: make it smaller")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(0x0112, 1) != 1:  # exif_transpose copies even what is upright
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel: convert("RGB") would clip, not scale
         image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:  # the colours under transparent pixels are arbitrary: lay it on white
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
@@ -334,13 +463,14 @@ def decode_face(data: bytes, size: int) -> np.ndarray:
 
 def _read(source: Path | zipfile.ZipFile, name: str) -> bytes:
     """One file of a folder or zip, unless it leads out of there, would be waited for, or would fill the memory."""
-    size = (source / name).lstat().st_size if isinstance(source, Path) else source.getinfo(name).file_size
+    status = os.lstat(source / name) if isinstance(source, Path) else None
+    size = status.st_size if status else source.getinfo(name).file_size  # type: ignore[union-attr]
     if size > MAX_BYTES:
         raise ValueError(f"{size:,} bytes, expected at most {MAX_BYTES:,}: make it smaller")
-    if isinstance(source, Path):
-        if (source / name).is_symlink() or not (source / name).is_file():
+    if status:
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("a link, a pipe or a folder that may not be read: put a plain file there")
-        return (source / name).read_bytes()
+        return (source / name).read_bytes()  # type: ignore[operator]
     if name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
         raise ValueError("an absolute or parent path, expected one inside the zip: pack it anew")
     if source.getinfo(name).compress_type > zipfile.ZIP_DEFLATED:  # others are unpacked without a bound, whatever size says
@@ -354,18 +484,20 @@ def _decode_all(source: Path, names: list[str], size: int, cache: Path) -> None:
     opened: Path | zipfile.ZipFile = zipfile.ZipFile(source) if source.is_file() else source
     damaged = []
 
-    def decode(name: str) -> bytes:
-        try:
-            return decode_face(_read(opened, name), size).tobytes()
-        except Exception as error:  # whatever a damaged file raises, it must not cost the other 200,000
-            damaged.append(f"{name!r} ({type(error).__name__}: {error})")
-            return b""
+    def decode(some: list[str]) -> bytes:  # 16 to a task: threads that hand over after each image wait for each other
+        faces = []
+        for name in some:
+            try:
+                faces.append(decode_face(_read(opened, name), size).tobytes())
+            except Exception as error:  # whatever a damaged file raises, it must not cost the other 200,000
+                damaged.append(f"{name!r} ({type(error).__name__}: {error})")
+        return b"".join(faces)
 
     def write(file: IO[bytes]) -> None:
         with (ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(names), "decoding", "image") as bar):
             for start in range(0, len(names), 1024):  # in blocks, so that results never pile up in memory
                 block = names[start : start + 1024]
-                file.writelines(pool.map(decode, block))
+                file.writelines(pool.map(decode, [block[k : k + 16] for k in range(0, len(block), 16)]))
                 bar.update(len(block))
         if damaged:
             shown = "; ".join(sorted(damaged)[:10]) + " ..." * (len(damaged) > 10)
@@ -549,7 +681,8 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.stem(z[:, :, None, None])                               # (N, width, 4, 4)
         x = self.blocks(x)                                               # (N, width / 2^k, S/2, S/2)
-        return self.to_rgb(x)                                            # (N, 3, S, S)
+        with torch.autocast(x.device.type, enabled=False):  # half precision has fewer levels than a pixel near 1
+            return self.to_rgb(x.float())                                # (N, 3, S, S)
 
 
 class DCGANGenerator(nn.Module):
@@ -566,7 +699,9 @@ class DCGANGenerator(nn.Module):
         INITS[config.init](self, 4 * config.seed)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z[:, :, None, None])                          # (N, 3, S, S)
+        x = self.layers[:-2](z[:, :, None, None])                        # (N, width / 2^k, S/2, S/2)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layers[-2:](x.float())                           # (N, 3, S, S)
 
 
 class Discriminator(nn.Module):
@@ -590,8 +725,13 @@ class Discriminator(nn.Module):
         self.to_logit = nn.Conv2d(widths[-1], 1, config.image_size >> len(widths))
         INITS[config.init](self, 4 * config.seed + 1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.features(images)                                        # (N, width, 4, 4)
+    def forward(self, images: Tensor, activations: list[Tensor] | None = None) -> Tensor:
+        """What each LeakyReLU returns is added to `activations`, if that is given."""
+        x = images
+        for layer in self.features:
+            x = layer(x)                                                 # ... (N, width, 4, 4)
+            if activations is not None and isinstance(layer, nn.LeakyReLU):
+                activations.append(x)
         return self.to_logit(x).flatten()                                # (N,)
 
 
@@ -725,93 +865,284 @@ def batch_index(step: int, n: int, config: Config) -> Tensor:
     return order[k * config.batch_size : (k + 1) * config.batch_size]
 
 
-def d_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, config: Config) -> Tensor:
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PLAIN = {"precision": "float32", "layout": "contiguous", "penalties": "double_backward", "adam": "plain", "graph": "off",
+         "memory": "return"}  # the step as it is written, with nothing to make it faster: BASELINE.but(**PLAIN)
+
+
+def on_hardware(config: Config, device: torch.device) -> Config:
+    """The config with each "auto" of its speed replaced by what is best here; what cannot be had here is an error.
+
+    On a CPU by measurement (results/benchmark.json). On a GPU by what is documented of it, until it is measured: tensor
+    cores take half precision in channels_last, bfloat16 from compute capability 8 on (a T4 has 7.5), and float16 before.
+    """
+    on_gpu = device.type == "cuda"
+    precision = config.precision
+    if precision == "auto":
+        precision = "float32" if not on_gpu else "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    like = config.d_every == config.accumulate == 1 and precision != "float16"  # every step is the same list of kernels
+    best = {
+        "precision": precision,
+        "layout": "contiguous" if on_gpu and precision == "float32" else "channels_last",
+        "penalties": "double_backward" if config.d_norm or not (config.r1 or config.r2) else "linear",
+        "adam": "fused",
+        "graph": "on" if on_gpu and like and processes() == 1 else "off",
+        "memory": "return" if on_gpu else "keep",
+    }
+    chosen = config.but(**{name: value for name, value in best.items() if getattr(config, name) == "auto"})
+    if chosen.graph == "on" and (not on_gpu or processes() > 1):
+        raise ValueError(f"graph='on' with {processes()} process(es) on {device}: expected one GPU and one process: 'off' or 'auto'")
+    return chosen
+
+
+def mixed(config: Config, device: torch.device, exact: bool = False) -> torch.autocast:
+    """The config's precision as a context; float32 where it must be exact, or where no precision is chosen."""
+    half = None if exact else HALF.get(config.precision)
+    return torch.autocast(device.type, half, enabled=half is not None)
+
+
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def d_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, config: Config,
+           scaler: torch.amp.GradScaler = NO_SCALING) -> Tensor:
     """D: minimise  L_D(D(real), D(fake)) + r1/2 |grad D(real)|^2 + r2/2 |grad D(fake)|^2  over D's weights.
 
     real, fake: (N, 3, S, S); fake's graph is left alone. L_D is Goodfellow's (2014, algorithm 1) for "bce".
     Returns detached (4,): the loss without penalties, mean logits on real and fake, the penalties.
     """
     discriminator.train().requires_grad_(True)
-    real, fake = real.detach().requires_grad_(config.r1 > 0), fake.detach().requires_grad_(config.r2 > 0)
-    half = torch.is_autocast_enabled(real.device.type) and not (config.r1 or config.r2)
-    with torch.autocast(real.device.type, enabled=half):  # half precision would spoil the penalties' second derivatives
-        d_real = discriminator(real).float()                             # (N,)
-        d_fake = discriminator(fake).float()                             # (N,)
+    optimizer.zero_grad()
+    parts = [D_BACKWARD[config.penalties](discriminator, *part, config, scaler)
+             for part in zip(real.detach().chunk(config.accumulate), fake.detach().chunk(config.accumulate))]
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.stack(parts).mean(0)                                    # (4,)
+
+
+def d_backward(discriminator: nn.Module, real: Tensor, fake: Tensor, config: Config, scaler: torch.amp.GradScaler) -> Tensor:
+    """The gradient of D's objective for a part of a batch, as it is written. Arguments and result: see `d_step`."""
+    real, fake = real.requires_grad_(config.r1 > 0), fake.requires_grad_(config.r2 > 0)  # (n, 3, S, S)
+    with mixed(config, real.device, exact=config.r1 + config.r2 > 0):  # half precision would spoil second derivatives
+        d_real = discriminator(real).float()                             # (n,)
+        d_fake = discriminator(fake).float()                             # (n,)
         d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
         penalty = torch.zeros_like(d_loss)
         if config.r1:
             penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
         if config.r2:
             penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
-    optimizer.zero_grad()
-    (d_loss + penalty).backward()
-    optimizer.step()
+    scaler.scale((d_loss + penalty) / config.accumulate).backward()
     return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
 
 
-def g_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, config: Config) -> Tensor:
+def d_backward_linear(discriminator: nn.Module, real: Tensor, fake: Tensor, config: Config, scaler: torch.amp.GradScaler) -> Tensor:
+    """The same gradient without a double backward, in 4 passes through D instead of 6. D: convolutions and LeakyReLU only.
+
+    Between its kinks D is linear, D(x) = <v, x> + b with v = grad_x D(x). The gradient of logit n by a layer's weights is
+    slope x input, slope being that of the logit at the layer's output. The gradient of gamma/2 |v|^2 is gamma slope x (what
+    comes in when v is sent through the layers without their biases), for a kink has no second derivative. Both are linear
+    in what is sent, so one walk of u = dL/dD(x) x + gamma v through the layers gives their sum.
+    """
+    n, kink = len(real), torch.ops.aten.leaky_relu_backward
+    layers = [layer for layer in discriminator.modules() if isinstance(layer, nn.Conv2d)]
+    with mixed(config, real.device, exact=True):
+        x, activations = torch.cat([real, fake]).requires_grad_(), []    # (2n, 3, S, S)
+        logits = discriminator(x, activations)                           # (2n,)
+        v, *slopes = torch.autograd.grad(logits, [x, *activations, logits], torch.ones_like(logits))  # (2n, 3, S, S), ...
+        answers = logits.detach().requires_grad_()                       # (2n,)
+        d_real, d_fake = answers.chunk(2)                                # (n,)
+        d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
+        (weight,) = torch.autograd.grad(d_loss / config.accumulate, answers)  # (2n,)
+        weight = weight.view(-1, 1, 1, 1)
+        gamma = torch.tensor([config.r1, config.r2], device=x.device, dtype=x.dtype).repeat_interleave(n).view(-1, 1, 1, 1) / n
+        u, outputs = torch.addcmul(gamma / config.accumulate * v, weight, x.detach()), []  # (2n, 3, S, S)
+        for k, layer in enumerate(layers):
+            y = F.conv2d(u, layer.weight, None, layer.stride, layer.padding)  # (2n, c, s, s)
+            outputs.append(torch.addcmul(y, weight, layer.bias.view(1, -1, 1, 1)))
+            if k < len(activations):  # times 1 or 0.2, as this kink has decided
+                u, slopes[k] = (kink(y, activations[k].detach(), 0.2, True) for y in (outputs[k].detach(), slopes[k]))
+        torch.autograd.backward(outputs, [*slopes[:-1], slopes[-1].view(-1, 1, 1, 1)])
+        penalty = (gamma / 2 * v.square()).sum()                         # ()
+    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
+
+
+D_BACKWARD = {"auto": d_backward, "double_backward": d_backward, "linear": d_backward_linear}
+
+
+def g_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor | Iterable[Tensor],
+           config: Config, scaler: torch.amp.GradScaler = NO_SCALING) -> Tensor:
     """G: minimise  L_G(D(real), D(fake))  over G's weights (the non-saturating form, Goodfellow 2014, section 3).
 
-    real, fake: (N, 3, S, S), fake with its graph; only the relativistic loss looks at real. Returns the detached loss, ().
+    real, fake: (N, 3, S, S), fake with its graph; only the relativistic loss looks at real. Where the config accumulates,
+    fake is an iterable of its parts, and each one's graph is gone before the next is made. Returns the detached loss, ().
     """
     discriminator.train().requires_grad_(False)
-    d_real = discriminator(real) if config.loss == "relativistic" else None  # (N,)
-    d_fake = discriminator(fake)                                         # (N,)
-    g_loss = G_LOSSES[config.loss](d_real, d_fake)                       # ()
     optimizer.zero_grad()
-    g_loss.backward()
-    optimizer.step()
-    return g_loss.detach()                                               # ()
+    losses = []
+    for x, made in zip(real.chunk(config.accumulate), [fake] if isinstance(fake, Tensor) else fake):  # (n, 3, S, S) each
+        with mixed(config, real.device):
+            d_real = discriminator(x).float() if config.loss == "relativistic" else None  # (n,)
+            d_fake = discriminator(made).float()                         # (n,)
+            g_loss = G_LOSSES[config.loss](d_real, d_fake)               # ()
+        scaler.scale(g_loss / config.accumulate).backward()
+        losses.append(g_loss.detach())
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.stack(losses).mean()                                    # ()
+
+
+class Batches:
+    """Batches of images on the device, uint8, in the order of `batch_index`; with several processes, this one's share.
+
+    Images that take up to a quarter of the GPU's free memory lie there as a whole, and a batch is an index into them. Of a
+    larger set the next batch is gathered by a thread and copied from pinned memory while the GPU works on this one.
+    """
+
+    def __init__(self, images: Tensor, config: Config, device: torch.device, resident: bool | None = None) -> None:
+        self.config, self.device, self.n = config, device, len(images)
+        if resident is None:
+            resident = device.type == "cpu" or fits_on(device, images)
+        self.images = images.to(device) if resident else images
+        self.pool = None if resident else ThreadPoolExecutor(1)
+        self.stream = None if resident or device.type == "cpu" else torch.cuda.Stream(device)
+        self.ahead: dict[int, Any] = {}
+
+    def __call__(self, step: int) -> Tensor:
+        if self.pool is None:
+            return self.fetch(step)                                      # (N, 3, S, S)
+        batch = (self.ahead.get(step) or self.pool.submit(self.fetch, step)).result()
+        self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
+        if self.stream:
+            batch.record_stream(torch.cuda.current_stream())  # its memory is not given to the next copy before it is used
+        return batch                                                     # (N, 3, S, S)
+
+    def fetch(self, step: int) -> Tensor:
+        share = self.config.batch_size // processes()
+        index = batch_index(step, self.n, self.config)[rank() * share : (rank() + 1) * share]  # (N,)
+        batch = self.images[index.to(self.images.device)]                # (N, 3, S, S)
+        if self.stream:
+            with torch.cuda.stream(self.stream):
+                batch = batch.pin_memory().to(self.device, non_blocking=True)
+            self.stream.synchronize()  # in this thread, which has nothing else to do
+        return batch
 
 
 class Training:
     """All that the next step depends on, and that step. An interrupted run goes on from `state_dict`, bit for bit."""
 
     def __init__(self, config: Config, images: Tensor, device: torch.device) -> None:
-        # Measured with one CPU core at 64 px: channels-last makes a step 1.2 times faster.
-        layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        self.config, self.images, self.device = config, images, device
-        self.generator = GENERATORS[config.generator](config).to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.discriminator = Discriminator(config).to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.config, self.device = config, device
+        self.chosen = chosen = on_hardware(config, device)
+        keep_memory(chosen.memory == "keep")
+        self.generator = GENERATORS[config.generator](config).to(device, memory_format=LAYOUTS[chosen.layout])  # type: ignore[call-overload]
+        self.discriminator = Discriminator(config).to(device, memory_format=LAYOUTS[chosen.layout])  # type: ignore[call-overload]
         self.kept = copy.deepcopy(self.generator) if config.ema_images else self.generator  # the generator that a run returns
-        self.opt_g = adam(self.generator, config.lr_g, config)
-        self.opt_d = adam(self.discriminator, config.lr_d, config)
+        self.opt_g = adam(self.generator, config.lr_g, chosen)
+        self.opt_d = adam(self.discriminator, config.lr_d, chosen)
+        half = chosen.precision == "float16"
+        self.scale_g = torch.amp.GradScaler(device.type, enabled=half)
+        self.scale_d = torch.amp.GradScaler(device.type, enabled=half and not (config.r1 or config.r2))  # else D is in float32
+        self.parallel_g: nn.Module = self.generator  # what a step calls: with several processes, it averages gradients
+        self.parallel_d: nn.Module = self.discriminator
         self.noise = torch.Generator(device).manual_seed(4 * config.seed + 2)
+        self.batches = Batches(images, config, device)
+        self.images = self.batches.images
         self.d_stats = torch.zeros(4, device=device)                     # of D's latest step
         self.sums = torch.zeros(5, device=device)                        # d_loss, d_real, d_fake, penalty, g_loss since a record
+        self.new = torch.zeros((), device=device)                        # weight of G's weights in their running mean
         self.step = self.recorded = 0  # steps taken, and of them those that the records cover
         self.start = time.perf_counter()
         self.history: list[dict[str, float]] = []
         self.snapshots: list[tuple[int, Tensor]] = []
         self.epoch_steps = (config.epoch_images or len(images)) // config.batch_size
         self.steps = config.epochs * self.epoch_steps
+        self.replay: Callable[[], None] | None = None  # the step as a CUDA graph, once it is recorded
+        self.eager = 0  # steps before that
+
+    @property
+    def speed(self) -> str:
+        """What is on, in words."""
+        names = ["precision", "layout", "adam", "memory"] + ["penalties"] * bool(self.config.r1 or self.config.r2) + ["graph"] * (
+            self.chosen.graph == "on") + ["accumulate"] * (self.chosen.accumulate > 1)
+        return ", ".join(f"{name}={getattr(self.chosen, name)}" for name in names)
+
+    def connect(self) -> None:
+        """Train on together with the other processes, from where the first one is: same weights, same state, shared gradients.
+
+        On GPUs, BatchNorm takes its statistics over the whole batch, as one process does; on CPUs (a test) by processes.
+        """
+        if processes() == 1:
+            return
+        buffer = BytesIO()
+        torch.save(self.state_dict() if rank() == 0 else None, buffer)
+        self.load_state_dict(torch.load(BytesIO(agree(buffer.getvalue())), map_location="cpu", weights_only=True))
+        if self.device.type == "cuda":
+            for network in (self.generator, self.discriminator):
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.parallel_g, self.parallel_d = (
+            DistributedDataParallel(network, broadcast_buffers=False) for network in (self.generator, self.discriminator))
 
     def advance(self) -> None:
         """One step of D and one of G, on the same images and noise."""
         config = self.config
         fall = config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * self.step / self.steps)) / 2
-        self.opt_g.param_groups[0]["lr"], self.opt_d.param_groups[0]["lr"] = fall * config.lr_g, fall * config.lr_d
-        index = batch_index(self.step, len(self.images), config).to(self.images.device)  # (N,)
-        real = to_network(self.images[index].to(self.device), config)    # (N, 3, S, S)
-        if config.flip:
-            mirrored = torch.rand(len(real), 1, 1, 1, generator=self.noise, device=self.device) < 0.5
-            real = torch.where(mirrored, real.flip(3), real)             # (N, 3, S, S)
-        z = torch.randn(config.batch_size, config.z_dim, generator=self.noise, device=self.device)  # (N, z_dim)
-        fake = self.generator.train()(z)                                 # (N, 3, S, S)
-        if config.augment:
-            real, fake = diff_augment(real, config, self.noise), diff_augment(fake, config, self.noise)
-        if self.step % config.d_every == 0:
-            self.d_stats = d_step(self.discriminator, self.opt_d, real, fake, config)
-        g_loss = g_step(self.discriminator, self.opt_g, real, fake, config)
-        self.step += 1
+        for optimizer, rate in ((self.opt_g, config.lr_g), (self.opt_d, config.lr_d)):
+            set_rate(optimizer, fall * rate)
         if config.ema_images:
-            update_ema(self.kept, self.generator, config, self.step)
+            self.new.fill_(ema_weight(config, self.step + 1))
+        batch = self.batches(self.step)                                  # (N, 3, S, S)
+        if self.chosen.graph == "on":
+            self.compute_as_graph(batch)
+        else:
+            self.compute(batch)
+        self.step += 1
+
+    def compute(self, batch: Tensor) -> None:
+        """What a step does on the device, the same kernels in every step (but for d_every): nothing waits for their result."""
+        config = self.chosen
+        mine = slice(rank() * len(batch), (rank() + 1) * len(batch))  # of what is drawn for all processes
+        real = to_network(batch, config).contiguous(memory_format=LAYOUTS[config.layout])  # (N, 3, S, S)
+        if config.flip:
+            mirrored = torch.rand(config.batch_size, 1, 1, 1, generator=self.noise, device=self.device)[mine] < 0.5
+            real = torch.where(mirrored, real.flip(3), real)             # (N, 3, S, S)
+        z = torch.randn(config.batch_size, config.z_dim, generator=self.noise, device=self.device)[mine]  # (N, z_dim)
+
+        def generate() -> Iterator[Tensor]:
+            for part in z.chunk(config.accumulate):
+                with mixed(config, self.device):
+                    fake = self.parallel_g.train()(part)                 # (n, 3, S, S)
+                yield diff_augment(fake, config, self.noise) if config.augment else fake
+
+        if config.augment:
+            real = diff_augment(real, config, self.noise)
+        with torch.set_grad_enabled(config.accumulate == 1):  # accumulating, G's graph is made anew for its own step
+            fake = torch.cat(list(generate())) if config.accumulate > 1 else next(generate())  # (N, 3, S, S)
+        if self.step % config.d_every == 0:
+            self.d_stats = d_step(self.parallel_d, self.opt_d, real, fake, config, self.scale_d)
+        g_loss = g_step(self.discriminator, self.opt_g, real, generate() if config.accumulate > 1 else fake, config, self.scale_g)
+        if config.ema_images:
+            update_ema(self.kept, self.generator, self.new)
         self.sums += torch.cat([self.d_stats, g_loss[None]])
         self.latest = real, fake.detach()
 
+    def compute_as_graph(self, batch: Tensor) -> None:
+        """`compute` by replaying a recording of it: one launch instead of a thousand. The first steps warm up for it."""
+        if self.eager < 3:
+            on_side_stream(lambda: self.compute(batch))
+            self.eager += 1
+            return
+        if self.replay is None:
+            self.batch = batch.clone()
+            self.replay = record_graph(lambda: self.compute(self.batch), self.noise)
+        self.batch.copy_(batch)
+        self.replay()
+
     def record(self) -> None:
         """Add the means since the last record to the history: the only wait for the GPU."""
-        d_loss, d_real, d_fake, penalty, g_loss = (self.sums / (self.step - self.recorded)).tolist()
+        sums = averaged(self.sums)
+        d_loss, d_real, d_fake, penalty, g_loss = (sums / (self.step - self.recorded)).tolist()
         self.history.append({
             "step": self.step, "epoch": self.step / self.epoch_steps, "images": self.step * self.config.batch_size,
             "seconds": time.perf_counter() - self.start, "d_loss": d_loss, "g_loss": g_loss, "penalty": penalty,
@@ -833,10 +1164,10 @@ class Training:
         record["diversity"] = diversity(some, samples)
         self.discriminator.requires_grad_(False)
         for name, x in zip(("grad_real", "grad_fake"), self.latest):
-            x = x.detach().requires_grad_(True)
+            x = x.detach().clone().requires_grad_(True)
             record[name] = gradient_penalty(self.discriminator(x), x).sqrt().mean().item()
 
-    SAVED = ("generator", "discriminator", "kept", "opt_g", "opt_d")  # have states of their own
+    SAVED = ("generator", "discriminator", "kept", "opt_g", "opt_d", "scale_g", "scale_d")  # have states of their own
     PLAIN = ("d_stats", "sums", "step", "recorded", "history", "snapshots")
 
     def state_dict(self) -> dict[str, Any]:
@@ -848,7 +1179,11 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         for name in self.SAVED:
-            getattr(self, name).load_state_dict(state[name])
+            mine, saved = getattr(self, name), state[name]
+            if "param_groups" in saved:  # how Adam goes about it here is not what the checkpoint says
+                saved = {**saved, "param_groups": mine.state_dict()["param_groups"]}
+            if saved:  # a scaler that scales nothing has no state
+                mine.load_state_dict(saved)
         for name in self.PLAIN:
             value = state[name]
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
@@ -863,14 +1198,48 @@ class Training:
         self.start += time.perf_counter() - begun
 
 
-@torch.no_grad()
-def update_ema(mean: nn.Module, network: nn.Module, config: Config, step: int) -> None:
-    """Move the running mean of a network's weights and buffers by one step; after half-life images half is new.
+def on_side_stream(compute: Callable[[], None]) -> None:
+    """Run on another CUDA stream, as PyTorch asks for the steps before a graph is recorded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        compute()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def record_graph(compute: Callable[[], None], noise: torch.Generator) -> Callable[[], None]:
+    """A CUDA graph of all that `compute` starts on the GPU: a function that does it again, with new numbers from `noise`."""
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(noise)
+    with torch.cuda.graph(graph):
+        compute()
+    return graph.replay
+
+
+def keep_memory(keep: bool) -> None:
+    """Whether glibc keeps what is freed, or returns large blocks to the system and gets them back page by page.
+
+    Kept, a step on a CPU takes up to 17% less time (results/benchmark.json). Does nothing where there is no glibc.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: how many blocks may be mapped for themselves
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: from which size on; glibc adapts it up to here by itself
+        mallopt(-1, 2**31 - 1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: from which size on free memory is returned
+
+
+def ema_weight(config: Config, step: int) -> float:
+    """How much of a running mean is new after a step, so that after half-life images half is.
 
     Early on the half-life is a tenth of the images seen, so that the mean soon forgets the first weights.
     """
     half_life = min(config.ema_images, 0.1 * step * config.batch_size)
-    new = 1 - 0.5 ** (config.batch_size / half_life)
+    return 1 - 0.5 ** (config.batch_size / half_life)
+
+
+@torch.no_grad()
+def update_ema(mean: nn.Module, network: nn.Module, new: float | Tensor) -> None:
+    """Move the running mean of a network's weights and buffers by one step: (1 - new) of the old, `new` of the new."""
     for a, b in zip((*mean.parameters(), *mean.buffers()), (*network.parameters(), *network.buffers())):
         a.lerp_(b, new) if a.is_floating_point() else a.copy_(b)
 
@@ -899,8 +1268,20 @@ def diff_augment(images: Tensor, config: Config, generator: torch.Generator) -> 
 
 
 def adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
-    """Adam with the config's betas and L2."""
-    return torch.optim.Adam(network.parameters(), lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+    """Adam with the config's betas and L2; in a graph its rate and step count are tensors that the recording reads."""
+    parameters, in_graph = list(network.parameters()), config.graph == "on"
+    rate = torch.tensor(lr, device=parameters[0].device) if in_graph else lr
+    return torch.optim.Adam(parameters, rate, (config.beta1, config.beta2), weight_decay=config.weight_decay,
+                            fused=config.adam == "fused" or None, capturable=in_graph)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The step size from now on."""
+    (group,) = optimizer.param_groups
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def check_images(images: Tensor, config: Config) -> Tensor:
@@ -1004,7 +1385,7 @@ class Run:
     history: list[dict[str, float]]  # records of a few hundred windows, see `train`
     generator: nn.Module  # with the running mean of the weights, where the config asks for one
     snapshots: list[tuple[int, Tensor]]  # (images seen, uint8 (36, 3, S, S)), the same noise in every one
-    environment: dict[str, str]
+    environment: dict[str, Any]
     stopped: str = ""  # why it ended early, if it did: "SIGINT", "SIGTERM", "time" or "not finite"
 
     @property
@@ -1037,25 +1418,46 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     time_budget (in hours), Ctrl-C, 'Interrupt kernel' and SIGTERM: the run so far is saved and returned, and the same call
     goes on with it later, as if nothing had been. So does a call after a crash, from a checkpoint that is at most
     save_every seconds old.
+    device: None takes every GPU there is, each for a share of the batch; the number of GPUs changes the speed only.
     """
-    images, folder, device = check_images(images, config), Path(run_dir) if run_dir is not None else None, device or best_device()
+    images, folder = check_images(images, config), Path(run_dir) if run_dir is not None else None
+    try:
+        if processes() == 1 and device is None and (gpus := gpus_for(config)) > 1:
+            hire(gpus)
+        if processes() > 1 and rank() == 0:
+            agree(dataclasses.asdict(config))
+            images = share(images)
+        return _train(config, images, folder, device or best_device(), progress, on_epoch, time_budget, save_every)
+    except BaseException:
+        dismiss()  # they would wait for a step that does not come
+        raise
+
+
+def _train(config: Config, images: Tensor, folder: Path | None, device: torch.device, progress: bool,
+           on_epoch: Callable[[Run], dict[str, float] | None] | None, time_budget: float, save_every: float) -> Run:
+    """`train`, in every process: the first one has the folder and decides when to stop."""
     data = fingerprint(images)
-    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
-        images = images.to(device)  # a batch is then an index into GPU memory
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, and not when the training is done
         if (folder / "generator.pt").exists():
             set_aside(folder)
     training = resume(config, images, device, folder, data) or Training(config, images, device)
-    run = Run(config, training.history, training.kept, training.snapshots, environment(device))
+    training.connect()
+    run = Run(config, training.history, training.kept, training.snapshots, {**environment(device), "speed": training.speed})
     windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
     begun = saved = time.perf_counter()
     name = "/".join(folder.parts[-2:]) if folder else config.label()
     with progress_bar(training.steps, name, "step", progress) as bar, stop_signals() as signals:
         bar.n = bar.initial = training.step
         while training.step < training.steps:
-            training.advance()
+            try:
+                training.advance()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                error.__traceback__ = training = run = None  # type: ignore[assignment]
+                raise MemoryError(what_fits(config, images, device)) from error
             bar.update()
             ends_epoch = training.step % training.epoch_steps == 0
             if training.step in windows or ends_epoch:
@@ -1075,30 +1477,63 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
                     found = (on_epoch(run) if on_epoch else None) or {}
                     training.history[-1].update({key: float(value) for key, value in found.items()})
             now = time.perf_counter()
-            out_of_time = now - begun > 3600 * time_budget
-            stops = bool(signals) or out_of_time
-            if folder is not None and (stops or now - saved > save_every):
+            reason = agree(signals[0] if signals else "time" if now - begun > 3600 * time_budget else "")
+            if folder is not None and (reason or now - saved > save_every):
                 is_saved = save_checkpoint(training, folder, data)
                 saved = time.perf_counter()
-            run.stopped = signals[0] if signals else "time" if out_of_time and training.step < training.steps else ""
-            if stops and training.step < training.steps:
+            run.stopped = reason if training.step < training.steps or reason != "time" else ""
+            run.environment["peak_memory_mb"] = peak_memory(device)
+            if reason and training.step < training.steps:
                 hope = "The same call goes on from here." if folder and is_saved else "It is not saved."
-                print(f"{run.stopped}: stopped at step {training.step} of {training.steps}. {hope}")
+                if rank() == 0:
+                    print(f"{reason}: stopped at step {training.step} of {training.steps}. {hope}")
                 return run
     if folder is not None:
         save_run(run, folder, data)
     return run
 
 
+def gpus_for(config: Config) -> int:
+    """How many of the GPUs here can have an equal share of each part of a batch."""
+    gpus = torch.cuda.device_count() if best_device().type == "cuda" else 1
+    return next(n for n in range(gpus, 0, -1) if config.batch_size % (n * config.accumulate) == 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the system had no more memory to give."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def what_fits(config: Config, images: Tensor, device: torch.device) -> str:
+    """The message for a batch that does not fit: found by trying, the largest halved one that does."""
+    n, trial = config.batch_size, None
+    while processes() == 1 and n > 2:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        n, trial = n // 2, None
+        try:
+            trial = Training(config.but(batch_size=n, accumulate=1), images, device)
+            for _ in range(5):  # the fourth records a graph, where there is one
+                trial.advance()
+            break
+        except (RuntimeError, MemoryError):
+            trial = None
+    parts = next(k for k in range(config.batch_size // n, config.batch_size + 1) if config.batch_size % k == 0)
+    advice = (f"batch_size={n} does (tried), or accumulate={parts}, which takes the same batch in {parts} parts" if trial else
+              "try a smaller one, a larger accumulate, or a smaller width")
+    return f"batch_size={config.batch_size} does not fit into the memory of {environment(device)['hardware']}: {advice}."
+
+
 def images_per_second(config: Config, images: Tensor, seconds: float = 1.0) -> float:
     """How fast a run of this config would train here, measured on a few of its steps: to plan with."""
-    training = Training(config, check_images(images, config), best_device())
-    for warm in (True, False):  # the first steps choose algorithms and fill caches
-        begun, first = time.perf_counter(), training.step
-        while training.step < first + 2 or (time.perf_counter() - begun < seconds and not warm):
-            training.advance()
-            training.record()  # waits for the GPU
-    return (training.step - first) * config.batch_size / (time.perf_counter() - begun)
+    steps = 8
+    while True:  # each step has a record; the first ones choose algorithms and fill caches
+        trial = config.but(epochs=1, epoch_images=steps * config.batch_size)
+        first, *_, last = train(trial, images, progress=False).history[steps // 2 - 1 :]
+        rate = (last["images"] - first["images"]) / (last["seconds"] - first["seconds"])
+        if steps == 200 or last["seconds"] > seconds:
+            return rate
+        steps = min(200, max(2 * steps, int(seconds * rate / config.batch_size)))
 
 
 @contextlib.contextmanager
@@ -1107,7 +1542,7 @@ def stop_signals() -> Iterator[list[str]]:
     names: list[str] = []
 
     def handle(number: int, frame: Any) -> None:
-        if names:
+        if names and rank() == 0:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
 
@@ -1696,7 +2131,8 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--images", type=Path, help="folder or zip")
     for command in (sample_, evaluate_):
         command.add_argument("run", nargs="?", default="results/latest/shell/converged", help="folder of a finished run")
-    train_.add_argument("--run", help="folder of the run; by default results/latest/shell/ and the preset's name")
+    train_.add_argument("--folder", "--run", help="folder of the run; by default results/latest/shell/ and the preset's name "
+                        "(torchrun takes --run for its own)")
     options, more = parser.parse_known_args(arguments)  # fields may follow the options as well
     if any(text.startswith("-") for text in more) or more and options.command != "train":
         parser.error(f"{options.command}: unknown argument {more[0]!r}")
@@ -1705,7 +2141,7 @@ def main(arguments: list[str] | None = None) -> None:
             small = {} if best_device().type == "cuda" else {"image_size": 32, "width": 64, "batch_size": 64}
             config = RUNS[options.preset][0].but(**{**small, **dict(map(_parse_change, options.changes + more))})
             faces, _ = hold_out(_images(options.images, config.image_size))
-            folder = options.run or f"results/latest/shell/{options.preset}"
+            folder = options.folder or f"results/latest/shell/{options.preset}"
             run = run_or_load(config, faces, folder, time_budget=options.time_budget)
             sys.exit(130 if run.stopped.startswith("SIG") else 0)
         run = load_run(options.run)
@@ -1716,7 +2152,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _, held_out = hold_out(_images(options.images, run.config.image_size))
             print(json.dumps(evaluate(run, held_out), indent=1))
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError) as error:
         sys.exit(f"cspgan.py {options.command}: {said(error)}")
 
 
@@ -1737,4 +2173,14 @@ def _images(source: Path | None, size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+        main()
+    elif this := int(os.environ["RANK"]):  # of torchrun: the same command line in every process, but one follows it
+        follow(this, world, "env://")
+    else:
+        join(this, world, "env://")
+        try:
+            main()
+        finally:
+            agree(None)
+            dist.destroy_process_group()

@@ -67,6 +67,7 @@ def test_every_part_of_the_state_is_needed(config, toys):
     assert equal(whole, finished(()))
     parts = set(cs.Training(config, toys, torch.device("cpu")).state_dict()) - {"history", "snapshots", "seconds", "recorded"}
     parts -= {"d_stats"} if config.d_every == 1 else set()
+    parts -= {"scale_g", "scale_d"}  # empty without float16: see test_speed.py
     twins = {"generator", "kept"} if not config.ema_images else set()  # one network under two names
     for skip in [{part} for part in parts - twins] + [twins] * bool(twins):
         assert not equal(whole, finished(skip)), skip
@@ -424,7 +425,8 @@ def test_run_without_snapshots_gets_its_last_one_back(config, toys, tmp_path):
     run = cs.train(config, toys, tmp_path, progress=False)
     (tmp_path / "snapshots.pt").unlink()
     ((images, snapshot),) = cs.load_run(tmp_path).snapshots
-    assert images == run.snapshots[-1][0] and torch.equal(snapshot, run.snapshots[-1][1])
+    assert images == run.snapshots[-1][0]  # drawn in another layout, which rounds otherwise
+    assert (snapshot.int() - run.snapshots[-1][1].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", ["generator.pt", "history.json"])

@@ -103,21 +103,22 @@ def numerical_gradient(discriminator, images, h=1e-4):
     return gradient
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_penalties_are_exact_under_mixed_precision(tiny, toys, half):
     config, generator, discriminator = relativistic_pair(tiny)
     real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
-    results = []
-    for enabled in (False, True):
-        network = copy.deepcopy(discriminator)
-        with torch.autocast("cpu", dtype=half, enabled=enabled):
-            stats = cs.d_step(network, torch.optim.SGD(network.parameters(), 0.01), real, fake, config)
-        results.append((stats, [p.clone() for p in network.parameters()]))
-    assert torch.equal(results[0][0], results[1][0]) and all(map(torch.equal, results[0][1], results[1][1]))
-    with torch.autocast("cpu", dtype=half):  # without penalties the networks do run in half precision
-        free = cs.d_step(copy.deepcopy(discriminator), torch.optim.SGD([torch.zeros(1)]), real, fake, config.but(r1=0.0, r2=0.0))
-    exact = cs.d_step(discriminator, torch.optim.SGD([torch.zeros(1)]), real, fake, config.but(r1=0.0, r2=0.0))
-    assert not torch.equal(free, exact) and torch.allclose(free, exact, atol=0.05)
+    for penalties in ("double_backward", "linear"):
+        results = []
+        for precision in ("float32", half):
+            network, chosen = copy.deepcopy(discriminator), config.but(precision=precision, penalties=penalties)
+            with torch.autocast("cpu", cs.HALF[half], enabled=precision == half):  # whatever the caller has set
+                stats = cs.d_step(network, torch.optim.SGD(network.parameters(), 0.01), real, fake, chosen)
+            results.append((stats, [p.clone() for p in network.parameters()]))
+        assert torch.equal(results[0][0], results[1][0]) and all(map(torch.equal, results[0][1], results[1][1]))
+    free = config.but(r1=0.0, r2=0.0)  # without penalties the networks do run in half precision
+    exact, mixed = (cs.d_step(copy.deepcopy(discriminator), torch.optim.SGD([torch.zeros(1)]), real, fake, free.but(precision=name))
+                    for name in ("float32", half))
+    assert not torch.equal(mixed, exact) and torch.allclose(mixed, exact, atol=0.05)
 
 
 def test_gradient_of_the_penalty_agrees_with_differences(tiny, toys):
@@ -191,8 +192,8 @@ def test_augmentation_is_of_real_and_generated_images_in_both_steps(tiny, toys, 
     monkeypatch.setattr(cs, "diff_augment", lambda images, *rest: made.append(images * 1) or made[-1])
     for name in ("d_step", "g_step"):
         step = getattr(cs, name)
-        monkeypatch.setattr(cs, name, lambda d, optimizer, real, fake, config, step=step: (
-            seen.append(real is made[-2] and fake is made[-1]) or step(d, optimizer, real, fake, config)))
+        monkeypatch.setattr(cs, name, lambda d, optimizer, real, fake, *rest, step=step: (
+            seen.append(real is made[-2] and fake is made[-1]) or step(d, optimizer, real, fake, *rest)))
     cs.train(tiny.but(augment=True), toys, progress=False)
     assert len(made) == 4 and seen == [True] * 4
 
@@ -224,7 +225,7 @@ def test_augmentation_shifts_by_at_most_an_eighth(tiny):
 
 def test_flip_mirrors_every_second_real_image_and_no_generated_one(tiny, toys, monkeypatch):
     seen, step = [], cs.d_step
-    monkeypatch.setattr(cs, "d_step", lambda d, o, real, fake, config: seen.append((real, fake)) or step(d, o, real, fake, config))
+    monkeypatch.setattr(cs, "d_step", lambda d, o, real, fake, *rest: seen.append((real, fake)) or step(d, o, real, fake, *rest))
     config = tiny.but(flip=True, epoch_images=256)
     cs.train(config, toys, progress=False)
     mirrored = []
