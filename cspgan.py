@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -31,10 +32,12 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -264,7 +267,8 @@ def progress_bar(total: int, label: str, unit: str, show: bool = True) -> tqdm:
 # With several GPUs, one process each trains its share of every batch, with averaged gradients, as if it were one. The first
 # process is the program itself; the others only train along. They come from torchrun, or the first one hires them.
 
-HIRED: list[Any] = []
+HIRED: list[subprocess.Popen] = []
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # since 2.14; the new name is unknown to 2.6
 
 
 def processes() -> int:
@@ -286,15 +290,16 @@ def join(this: int, world: int, address: str) -> None:
 
 
 def hire(world: int) -> None:
-    """Start the other processes, for a program that torchrun has not started: a notebook."""
+    """Start the other processes, for a program that torchrun has not started: a notebook. They end with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    context = torch.multiprocessing.get_context("spawn")
-    HIRED.extend(context.Process(target=follow, args=(this, world, address), daemon=True) for this in range(1, world))
-    for process in HIRED:
-        process.start()
-    join(0, world, address)
+        port = free.getsockname()[1]
+    print(f"Training on {world} GPUs, a process for each.")
+    for this in range(1, world):
+        place = {"RANK": this, "LOCAL_RANK": this, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        HIRED.append(subprocess.Popen([sys.executable, __file__], env={**os.environ, **{k: str(v) for k, v in place.items()}}))
+    atexit.register(dismiss)
+    join(0, world, f"tcp://127.0.0.1:{port}")
 
 
 def dismiss() -> None:
@@ -313,6 +318,7 @@ def follow(this: int, world: int, address: str) -> None:
     while (config := agree(None)) is not None:
         with contextlib.suppress(FloatingPointError):
             train(Config(**config), share(None), progress=False)
+    dist.destroy_process_group()
 
 
 def agree(value: Any) -> Any:
@@ -369,11 +375,12 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
         counts: Counter[Path] = Counter()
         links = [path for path in sorted(place.glob("[!.]*")) if path.is_symlink() and path.is_dir()
                  and not place.resolve().is_relative_to(path.resolve())]  # not round to where it lies itself
-        for image in (source / name for source in (place, *links) for name in _list_images(source)):
-            folders = image.relative_to(place).parts[:-1]
-            if "img_align_celeba" in folders:
-                return place.joinpath(*folders)
-            counts[place.joinpath(*folders[:1])] += os.path.isfile(image) and not image.is_symlink()
+        for source in (place, *links):
+            for name, (*_, mode) in ((name, (*about, 0)[:3]) for name, about in _list_images(source).items()):
+                folders = (*source.relative_to(place).parts, *name.split(os.sep)[:-1])
+                if "img_align_celeba" in folders:
+                    return place.joinpath(*folders)
+                counts[place.joinpath(*folders[:1])] += stat.S_ISREG(mode)
         for archive in place.rglob("*.[zZ][iI][pP]"):
             if archive.parent == place or not archive.is_symlink():
                 with contextlib.suppress(OSError, ValueError):  # half a download
@@ -383,15 +390,11 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     return None
 
 
-def _list_images(source: Path) -> list[str]:
-    """Names of the images in a folder (with its sub-folders) or a zip, sorted; hidden ones are left out."""
-    names: list[str] = []
-    if source.is_dir():  # links and folders that may not be read are listed too: _read refuses them, so they get named
-        for folder, subfolders, files in os.walk(source, onerror=lambda error: names.append(error.filename)):
-            paths = [os.path.join(folder, name) for name in subfolders + files]
-            names.extend(path for path in paths if os.path.islink(path)
-                         or path.lower().endswith(IMAGE_ENDINGS) and not os.path.isdir(path))
-        names = [os.path.relpath(path, source) for path in names]
+def _list_images(source: Path) -> dict[str, tuple[int, ...]]:
+    """{name: (bytes, date, mode)} of the images in a folder (with its sub-folders) or a zip, sorted; no hidden ones."""
+    found: dict[str, tuple[int, ...]] = {}
+    if source.is_dir():
+        _scan(str(source), "", found)
     elif not source.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{source}: no such folder or zip. {HOW_TO_GET_FACES}")
     else:
@@ -399,8 +402,36 @@ def _list_images(source: Path) -> list[str]:
             names = [name for name in zipfile.ZipFile(source).namelist() if name.lower().endswith(IMAGE_ENDINGS)]
         except Exception as error:  # whatever a damaged one raises
             raise ValueError(f"{source}: neither a folder nor a zip that can be read ({error}). {HOW_TO_GET_FACES}") from error
-    return sorted(name for name in set(names) if not any(part.startswith((".", "__MACOSX")) and part != ".."
-                                                         for part in Path(name.replace("\\", "/")).parts))
+        for name in names:
+            parts = name.replace("\\", "/").split("/")
+            if not any(part.startswith(HIDDEN) and part not in (".", "..") for part in parts):
+                found[name] = ()
+    return {name: found[name] for name in sorted(found)}
+
+
+HIDDEN = (".", "__MACOSX")
+
+
+def _scan(folder: str, before: str, found: dict[str, tuple[int, ...]]) -> None:
+    """Add a folder's images to `found`, names beginning with `before`. Links and what cannot be read are listed too: _read
+    refuses them, so that they get named. One call of the system for each file: 200,000 take a second."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        found[before.rstrip(os.sep)] = ()
+        return
+    for entry in entries:
+        name = entry.name
+        if name.startswith(HIDDEN):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            _scan(entry.path, before + name + os.sep, found)
+        elif entry.is_symlink() or name.lower().endswith(IMAGE_ENDINGS):
+            try:
+                status = entry.stat(follow_symlinks=False)
+                found[before + name] = status.st_size, status.st_mtime_ns, status.st_mode
+            except FileNotFoundError:  # vanished since it was listed
+                found[before + name] = ()
 
 
 def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR, limit: int | None = None) -> Tensor:
@@ -414,12 +445,13 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     when the cache is made. A source that is missing, vanishes or holds no usable image is an error that says what to do.
     """
     source, cache_dir = Path(os.path.realpath(Path(source).expanduser())), Path(cache_dir).expanduser()
-    names = _list_images(source)[:limit]
+    found = _list_images(source)
+    names = list(found)[:limit]
     if not names:
         raise ValueError(f"{source}: no {', '.join(IMAGE_ENDINGS)} file in it. {HOW_TO_GET_FACES}")
-    paths = [source] if source.is_file() else map(source.joinpath, names)
-    states = [path.lstat() for path in paths if os.path.lexists(path)]  # what has just vanished is named below
-    made_from = (names, [(state.st_size, state.st_mtime_ns, state.st_mode) for state in states], CROP)
+    status = source.lstat()
+    of_zip = [(status.st_size, status.st_mtime_ns, status.st_mode)] * source.is_file()
+    made_from = (names, of_zip or [found[name] for name in names if found[name]], CROP)
     place, state = (hashlib.sha1(repr(part).encode()).hexdigest()[:8] for part in (str(source), made_from))
     cache = cache_dir / f"{source.stem}-{size}px-{place}-{state}.u8"  # with this name, a file that exists is up to date
     image_bytes = 3 * size * size

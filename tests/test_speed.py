@@ -298,14 +298,10 @@ def main(folder, config):
     torch.save({"gradients": seen, "history": run.history, "weights": run.generator.state_dict(),
                 "hardware": run.environment["hardware"]}, folder + ".pt")
 
-if __name__ == "__main__":
-    folder, kind, world = sys.argv[1:]
-    config = {CONFIGS}[kind]
-    if int(world) > 1:
-        cs.hire(int(world))
-    main(folder, config)
-    if int(world) > 1:
-        cs.agree(None)
+folder, kind, world = sys.argv[1:]
+if int(world) > 1:
+    cs.hire(int(world))
+main(folder, {CONFIGS}[kind])
 """
 CONFIGS = """{kind: config.but(image_size=16, width=16, z_dim=8, batch_size=16, epochs=2, epoch_images=64) for kind, config in {
     "no_norm": cs.CONVERGED.but(block_norm="none"),
