@@ -450,7 +450,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     if not names:
         raise ValueError(f"{source}: no {', '.join(IMAGE_ENDINGS)} file in it. {HOW_TO_GET_FACES}")
     status = source.lstat()
-    of_zip = [(status.st_size, status.st_mtime_ns, status.st_mode)] * source.is_file()
+    of_zip: list[tuple[int, ...]] = [(status.st_size, status.st_mtime_ns, status.st_mode)] * source.is_file()
     made_from = (names, of_zip or [found[name] for name in names if found[name]], CROP)
     place, state = (hashlib.sha1(repr(part).encode()).hexdigest()[:8] for part in (str(source), made_from))
     cache = cache_dir / f"{source.stem}-{size}px-{place}-{state}.u8"  # with this name, a file that exists is up to date
@@ -469,7 +469,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     return pixels.view(-1, 3, size, size)
 
 
-CROP = "largest centred square, EXIF upright, alpha on white, Lanczos"  # as decode_face does it; part of a cache's name
+CROP = "largest centred square, EXIF upright, alpha on white, draft, Lanczos"  # as decode_face does it; part of a cache's name
 MAX_BYTES, MAX_PIXELS = 256_000_000, 64_000_000  # of a file; more than cameras make, and each thread holds 16 B a pixel
 
 
@@ -479,6 +479,7 @@ def decode_face(data: bytes, size: int) -> np.ndarray:
     image: Image.Image = Image.open(BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:  # from the header: nothing is decoded yet
         raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}: make it smaller")
+    image.draft("RGB", (2 * size, 2 * size))  # a JPEG four times too large is unpacked at half its size, and so on to an eighth
     image.load()
     if image.getexif().get(0x0112, 1) != 1:  # exif_transpose copies even what is upright
         image = ImageOps.exif_transpose(image)

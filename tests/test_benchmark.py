@@ -67,7 +67,7 @@ def test_quick_benchmark_files_what_it_promises(tmp_path):
         reference, *others = variants.values()
         assert reference["ratio"]["step"] == 1 and len(others) >= 4
         for row in variants.values():
-            assert row["peak_memory_mb"] > 0 and row["flops_per_image"] > 0 and 0 < row["share_of_peak"]
+            assert min(row["peak_memory_mb"], row["flops_per_image"], row["share_of_peak"]) > 0
             assert set(row["images_per_second"]) == set(row["ratio"]) == {"step", "first_epoch", "later_epochs"}
     linear = [row["flops_per_image"] for name, row in found["recipes"]["converged"].items() if "linear" in name]
     double = found["recipes"]["converged"]["module, all off"]["flops_per_image"]

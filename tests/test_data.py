@@ -127,6 +127,20 @@ def test_resize_is_antialiased():
 # ---- sources
 
 
+@pytest.mark.parametrize("side, decoded", [(255, 255), (256, 128), (600, 150), (1100, 138)])
+def test_large_jpeg_is_unpacked_smaller_and_looks_the_same(side, decoded, monkeypatch):
+    """From four times the size on by JPEG's own halving, an eighth at most and never to less than twice the size."""
+    face = Image.fromarray(cs.toy_faces(1, 256)[0].permute(1, 2, 0).numpy()).resize((side, side))
+    buffer = BytesIO()
+    face.save(buffer, "JPEG", quality=95)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *rest, **more: sizes.append(self.width) or resize(self, *rest, **more))
+    found = cs.decode_face(buffer.getvalue(), 64)
+    expected = np.asarray(resize(face, (64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    assert sizes == [decoded]
+    assert np.abs(found.astype(int) - expected).mean() < (2.5 if side % 8 else 1.5)  # where 137.5 pixels become 138
+
+
 def test_folder_and_zip_give_the_same_images_in_the_order_of_names(photos, tmp_path):
     archive = tmp_path / "photos.zip"
     with zipfile.ZipFile(archive, "w") as file:
