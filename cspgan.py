@@ -268,6 +268,7 @@ def progress_bar(total: int, label: str, unit: str, show: bool = True) -> tqdm:
 # process is the program itself; the others only train along. They come from torchrun, or the first one hires them.
 
 HIRED: list[subprocess.Popen] = []
+TALK: list[Any] = []  # the group in which the first process says how it goes on
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # since 2.14; the new name is unknown to 2.6
 
 
@@ -283,10 +284,18 @@ def rank() -> int:
 
 def join(this: int, world: int, address: str) -> None:
     """Become process `this` of `world`; address: "env://" for torchrun's, or "tcp://host:port" of the first one."""
-    if torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", this)))
-    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", init_method=address, rank=this,
-                            world_size=world, timeout=timedelta(days=7))  # while the first one measures, the others wait
+    dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", init_method=address, rank=this, world_size=world,
+                            timeout=timedelta(minutes=15))  # whoever does not come, or dies, is waited for so long
+    TALK.append(dist.new_group(backend="gloo", timeout=timedelta(days=7)))  # while the first one measures, the others wait
+
+
+def leave() -> None:
+    """No longer train together."""
+    TALK.clear()
+    dist.destroy_process_group()
 
 
 def hire(world: int) -> None:
@@ -295,20 +304,37 @@ def hire(world: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     print(f"Training on {world} GPUs, a process for each.")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     for this in range(1, world):
         place = {"RANK": this, "LOCAL_RANK": this, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        HIRED.append(subprocess.Popen([sys.executable, __file__], env={**os.environ, **{k: str(v) for k, v in place.items()}}))
+        command, variables = [sys.executable, __file__], {**ours, **{name: str(value) for name, value in place.items()}}
+        HIRED.append(subprocess.Popen(command, env=variables, start_new_session=True))  # Ctrl-C is the first one's
     atexit.register(dismiss)
     join(0, world, f"tcp://127.0.0.1:{port}")
 
 
-def dismiss() -> None:
-    """End the processes that were hired."""
+def dismiss(broken: bool = False) -> None:
+    """End the processes that were hired. Broken: in the middle of a step, which will not end; else they wait for a run."""
+    if not HIRED:
+        return
+
+    def end() -> None:
+        with contextlib.suppress(Exception):  # of one that is gone already
+            if broken:
+                getattr(dist.distributed_c10d, "_abort_process_group", leave)()
+            else:
+                agree(None)
+                leave()
+
+    ending = threading.Thread(target=end, daemon=True)  # NCCL may wait for somebody who is gone
+    ending.start()
+    ending.join(20)
+    TALK.clear()
     for process in HIRED:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1 if broken else 20)
         process.kill()
-    if HIRED:
-        HIRED.clear()
-        dist.destroy_process_group()
+    HIRED.clear()
 
 
 def follow(this: int, world: int, address: str) -> None:
@@ -318,14 +344,14 @@ def follow(this: int, world: int, address: str) -> None:
     while (config := agree(None)) is not None:
         with contextlib.suppress(FloatingPointError):
             train(Config(**config), share(None), progress=False)
-    dist.destroy_process_group()
+    leave()
 
 
 def agree(value: Any) -> Any:
     """What the first process says, in all of them. It goes by the CPU: no GPU is waited for."""
     if processes() > 1:
         said_by_first = [value]
-        dist.broadcast_object_list(said_by_first, device=torch.device("cpu"))
+        dist.broadcast_object_list(said_by_first, 0, TALK[0], torch.device("cpu"))
         (value,) = said_by_first
     return value
 
@@ -918,6 +944,8 @@ def on_hardware(config: Config, device: torch.device) -> Config:
         raise ValueError(f"batch_size={config.batch_size}: cannot be shared by {processes()} processes with {config.accumulate} "
                          "part(s) each: expected a multiple of the two")
     on_gpu = device.type == "cuda"
+    if on_gpu and processes() > 1 and config.d_norm and (config.r1 or config.r2):
+        raise ValueError("r1 and r2 with d_norm=True: BatchNorm over several GPUs has no second derivative: d_norm=False or one GPU")
     precision = config.precision
     if precision == "auto":
         precision = "float32" if not on_gpu else "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
@@ -967,12 +995,12 @@ def d_backward(discriminator: nn.Module, real: Tensor, fake: Tensor, config: Con
     with mixed(config, real.device, exact=config.r1 + config.r2 > 0):  # half precision would spoil second derivatives
         d_real = discriminator(real).float()                             # (n,)
         d_fake = discriminator(fake).float()                             # (n,)
-        d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
-        penalty = torch.zeros_like(d_loss)
-        if config.r1:
-            penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
-        if config.r2:
-            penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
+    d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
+    penalty = torch.zeros_like(d_loss)
+    if config.r1:
+        penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
+    if config.r2:
+        penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
     scaler.scale((d_loss + penalty) / config.accumulate).backward()
     return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
 
@@ -1026,7 +1054,7 @@ def g_step(discriminator: nn.Module, optimizer: torch.optim.Optimizer, real: Ten
         with mixed(config, real.device):
             d_real = discriminator(x).float() if config.loss == "relativistic" else None  # (n,)
             d_fake = discriminator(made).float()                         # (n,)
-            g_loss = G_LOSSES[config.loss](d_real, d_fake)               # ()
+        g_loss = G_LOSSES[config.loss](d_real, d_fake)                   # ()
         scaler.scale(g_loss / config.accumulate).backward()
         losses.append(g_loss.detach())
     scaler.step(optimizer)
@@ -1044,10 +1072,11 @@ class Batches:
     def __init__(self, images: Tensor, config: Config, device: torch.device, resident: bool | None = None) -> None:
         self.config, self.device, self.n = config, device, len(images)
         if resident is None:
-            resident = device.type == "cpu" or fits_on(device, images)
+            resident = device.type == "cpu" or images.is_cuda or fits_on(device, images)
         self.images = images.to(device) if resident else images
-        self.pool = None if resident else ThreadPoolExecutor(1)
         self.stream = None if resident or device.type == "cpu" else torch.cuda.Stream(device)
+        here = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if self.stream else None
+        self.pool = None if resident else ThreadPoolExecutor(1, initializer=here)
         self.ahead: dict[int, Any] = {}
 
     def __call__(self, step: int) -> Tensor:
@@ -1062,7 +1091,7 @@ class Batches:
     def fetch(self, step: int) -> Tensor:
         share = self.config.batch_size // processes()
         index = batch_index(step, self.n, self.config)[rank() * share : (rank() + 1) * share]  # (N,)
-        batch = self.images[index.to(self.images.device)]                # (N, 3, S, S)
+        batch = self.images[index.to(self.images.device, non_blocking=True)]  # (N, 3, S, S)
         if self.stream:
             with torch.cuda.stream(self.stream):
                 batch = batch.pin_memory().to(self.device, non_blocking=True)
@@ -1085,7 +1114,8 @@ class Training:
         self.opt_d = adam(self.discriminator, config.lr_d, chosen)
         half = chosen.precision == "float16"
         self.scale_g = torch.amp.GradScaler(device.type, enabled=half)
-        self.scale_d = torch.amp.GradScaler(device.type, enabled=half and not (config.r1 or config.r2))  # else D is in float32
+        exact = config.r1 or config.r2 or chosen.penalties == "linear"  # D is in float32
+        self.scale_d = torch.amp.GradScaler(device.type, enabled=half and not exact)
         self.parallel_g: nn.Module = self.generator  # what a step calls: with several processes, it averages gradients
         self.parallel_d: nn.Module = self.discriminator
         self.noise = torch.Generator(device).manual_seed(4 * config.seed + 2)
@@ -1118,8 +1148,9 @@ class Training:
         if processes() == 1:
             return
         buffer = BytesIO()
-        torch.save(self.state_dict() if rank() == 0 else None, buffer)
-        self.load_state_dict(torch.load(BytesIO(agree(buffer.getvalue())), map_location="cpu", weights_only=True))
+        torch.save(self.state_dict() if rank() == 0 and self.step else None, buffer)
+        if state := torch.load(BytesIO(agree(buffer.getvalue())), map_location="cpu", weights_only=True):
+            self.load_state_dict(state)
         if self.device.type == "cuda":
             for network in (self.generator, self.discriminator):
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -1176,12 +1207,16 @@ class Training:
             self.eager += 1
             return
         if self.replay is None:
-            self.batch = batch.clone()
+            self.batch, noise = batch.clone(), self.noise.get_state()
             try:
                 self.replay = record_graph(lambda: self.compute(self.batch), self.noise)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 print(f"No CUDA graph of this step ({said(error)}): it goes on without one.")
                 self.chosen = self.chosen.but(graph="off")
+                self.noise = torch.Generator(self.device)  # the old one waits for the end of the recording
+                self.noise.set_state(noise)
                 self.compute(batch)
                 return
         self.batch.copy_(batch)
@@ -1211,9 +1246,10 @@ class Training:
         self.snapshots.append((int(record["images"]), samples[:36].clone()))
         record["diversity"] = diversity(some, samples)
         self.discriminator.requires_grad_(False)
-        for name, x in zip(("grad_real", "grad_fake"), self.latest):
-            x = x.detach().clone().requires_grad_(True)
-            record[name] = gradient_penalty(self.discriminator(x), x).sqrt().mean().item()
+        for name, images in zip(("grad_real", "grad_fake"), self.latest):
+            parts = [x.detach().clone().requires_grad_() for x in images.chunk(self.chosen.accumulate)]
+            slopes = [torch.autograd.grad(self.discriminator(x).sum(), x)[0] for x in parts]  # (n, 3, S, S) each
+            record[name] = torch.cat(slopes).square().sum(dim=(1, 2, 3)).sqrt().mean().item()
 
     SAVED = ("generator", "discriminator", "kept", "opt_g", "opt_d", "scale_g", "scale_d")  # have states of their own
     PLAIN = ("d_stats", "sums", "step", "recorded", "history", "snapshots")
@@ -1232,6 +1268,9 @@ class Training:
                 saved = {**saved, "param_groups": mine.state_dict()["param_groups"]}
             if saved:  # a scaler that scales nothing has no state, and older checkpoints have no scaler
                 mine.load_state_dict(saved)
+        for optimizer in (self.opt_g, self.opt_d):  # a fused Adam takes it that its moments lie in memory as the weights do
+            for p, moments in optimizer.state.items():
+                moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape and k != "step"})
         for name in self.PLAIN:
             value = state[name]
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
@@ -1259,8 +1298,12 @@ def record_graph(compute: Callable[[], None], noise: torch.Generator) -> Callabl
     """A CUDA graph of all that `compute` starts on the GPU: a function that does it again, with new numbers from `noise`."""
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(noise)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the thread that copies batches ahead goes on
-        compute()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the thread that copies batches ahead goes on
+            compute()
+    finally:
+        torch.cuda.set_stream(stream)  # a recording that fails leaves its own
     return graph.replay
 
 
@@ -1300,17 +1343,18 @@ def diff_augment(images: Tensor, config: Config, generator: torch.Generator) -> 
     n, _, size, _ = images.shape
     low, high = config.pixel_range
     middle, device = (low + high) / 2, images.device
-    brightness, saturation, contrast = torch.rand(3, n, 1, 1, 1, generator=generator, device=device)
+    mine, n_all = slice(rank() * n, (rank() + 1) * n), n * processes()   # each process has its share of what is drawn
+    brightness, saturation, contrast = torch.rand(3, n_all, 1, 1, 1, generator=generator, device=device)[:, mine]
     x = images - middle + (high - low) * (brightness - 0.5) / 2          # (N, 3, S, S), grey is now 0
     grey = x.mean(dim=1, keepdim=True)                                   # (N, 1, S, S)
     x = grey + (x - grey) * 2 * saturation
     mean = x.mean(dim=(1, 2, 3), keepdim=True)                           # (N, 1, 1, 1)
     x = mean + (x - mean) * (0.5 + contrast)
     reach, line = size // 8, torch.arange(size, device=device)
-    shift = torch.randint(-reach, reach + 1, (2, n, 1), generator=generator, device=device) + line + reach  # (2, N, S)
+    shift = torch.randint(-reach, reach + 1, (2, n_all, 1), generator=generator, device=device)[:, mine] + line + reach  # (2, N, S)
     x = F.pad(x, (reach,) * 4)[torch.arange(n, device=device)[:, None, None], :, shift[0, :, :, None], shift[1, :, None, :]]
     x = x.permute(0, 3, 1, 2)                                            # (N, 3, S, S)
-    centre = torch.randint(0, size + 1, (2, n, 1), generator=generator, device=device)
+    centre = torch.randint(0, size + 1, (2, n_all, 1), generator=generator, device=device)[:, mine]
     inside = (line - centre).abs() < size // 4                           # (2, N, S)
     return x * ~(inside[0, :, :, None] & inside[1, :, None, :])[:, None] + middle
 
@@ -1471,14 +1515,17 @@ def train(config: Config, images: Tensor, run_dir: str | Path | None = None, dev
     """
     images, folder = check_images(images, config), Path(run_dir) if run_dir is not None else None
     try:
-        if processes() == 1 and device is None and (gpus := gpus_for(config)) > 1:
+        gpus = gpus_for(config) if device is None else 1
+        if HIRED and gpus != processes():
+            dismiss()
+        if processes() == 1 and gpus > 1:
             hire(gpus)
         if processes() > 1 and rank() == 0:
             agree(dataclasses.asdict(config))
             images = share(images)
         return _train(config, images, folder, device or best_device(), progress, on_epoch, time_budget, save_every)
     except BaseException:
-        dismiss()  # they would wait for a step that does not come
+        dismiss(broken=True)
         raise
 
 
@@ -1505,7 +1552,7 @@ def _train(config: Config, images: Tensor, folder: Path | None, device: torch.de
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                error.__traceback__ = training = run = None  # type: ignore[assignment]
+                error.__traceback__ = error.__context__ = training = run = None  # type: ignore[assignment]
                 raise MemoryError(what_fits(config, images, device)) from error
             bar.update()
             ends_epoch = training.step % training.epoch_steps == 0
@@ -1515,6 +1562,7 @@ def _train(config: Config, images: Tensor, folder: Path | None, device: torch.de
                 bar.set_postfix_str(f"D {d_loss:.3f} G {g_loss:.3f}", refresh=False)
                 if not math.isfinite(d_loss + g_loss):
                     message = f"step {training.step}: D loss {d_loss}, G loss {g_loss}, with {config.label()}"
+                    training = None  # type: ignore[assignment]  # room for the one that takes its place
                     good = resume(config, images, device, folder, data)
                     if good is None:
                         raise FloatingPointError(f"{message}. There is no checkpoint to go back to: try a lower learning rate.")
@@ -2232,4 +2280,4 @@ if __name__ == "__main__":
             main()
         finally:
             agree(None)
-            dist.destroy_process_group()
+            leave()

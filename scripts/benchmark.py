@@ -272,6 +272,9 @@ def measure_steps(recipes, root, cache, setting, threads, device, until):
         repeated(plain.step, 2)
         steps = round(setting["block"] / seconds(plain.step, device))
         steps = blocks[recipe] = max(2, min(steps, setting["files"] // config.batch_size))
+        del plain  # its memory, for those that are measured in processes of their own
+        gc.collect()
+        torch.cuda.empty_cache()
         found[recipe] = {}
         for name, variant in variants.items():
             variant = variant.but(epochs=1000, epoch_images=steps * config.batch_size)

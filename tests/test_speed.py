@@ -262,6 +262,29 @@ def test_graph_that_cannot_be_recorded_is_done_without(converged, toys, monkeypa
     assert near(answers(eager), answers(after(converged, toys, 6))) and "goes on without" in capsys.readouterr().out
 
 
+def test_resuming_in_another_layout_goes_on_the_same(converged, toys):
+    """Adam's moments come from a checkpoint in its layout, and a fused Adam would mix them up with weights in another."""
+    config = converged.but(**cs.PLAIN)
+    first = after(config, toys, 3)
+    second = cs.Training(converged, toys, CPU)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    moved = second.opt_g.state[second.generator.to_rgb[0].weight]["exp_avg_sq"]
+    assert moved.is_contiguous(memory_format=torch.channels_last)
+    for training in (first, second):
+        for _ in range(3):
+            training.advance()
+    assert near(answers(first), answers(second))
+
+
+def test_losses_are_not_computed_under_autocast(tiny, toys, monkeypatch):
+    """On a GPU, binary cross-entropy refuses to be: F.binary_cross_entropy is unsafe to autocast."""
+    seen, bce = [], torch.nn.functional.binary_cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy", lambda p, target: (
+        seen.append((torch.is_autocast_enabled("cpu"), p.dtype)) or bce(p, target)))
+    after(tiny.but(precision="bfloat16", block_norm="both"), toys, 2)
+    assert len(seen) == 6 and set(seen) == {(False, torch.float32)}
+
+
 def test_resuming_keeps_how_adam_goes_about_it_here(converged, toys):
     """A checkpoint of a plain Adam, taken up where it is fused, with its rate in a tensor for the graph."""
     plain, fused = cs.Training(converged.but(**cs.PLAIN), toys, CPU), cs.Training(converged, toys, CPU)
@@ -299,8 +322,15 @@ def main(folder, config):
                 "hardware": run.environment["hardware"]}, folder + ".pt")
 
 folder, kind, world = sys.argv[1:]
+cs.gpus_for = lambda config: int(world)
 if int(world) > 1:
-    cs.hire(int(world))
+    def fails(run):
+        raise KeyError("an error of the caller's")
+
+    try:  # in the middle of a run: the helpers are dismissed, and others are hired for the next one
+        cs.train({CONFIGS}[kind], cs.toy_faces(256, 16, seed=3), progress=False, on_epoch=fails)
+    except KeyError:
+        assert cs.processes() == 1 and not cs.HIRED
 main(folder, {CONFIGS}[kind])
 """
 CONFIGS = """{kind: config.but(image_size=16, width=16, z_dim=8, batch_size=16, epochs=2, epoch_images=64) for kind, config in {
