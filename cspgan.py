@@ -945,7 +945,7 @@ def on_hardware(config: Config, device: torch.device) -> Config:
                          "part(s) each: expected a multiple of the two")
     on_gpu = device.type == "cuda"
     if on_gpu and processes() > 1 and config.d_norm and (config.r1 or config.r2):
-        raise ValueError("r1 and r2 with d_norm=True: BatchNorm over several GPUs has no second derivative: d_norm=False or one GPU")
+        raise ValueError("r1 and r2 with d_norm=True: BatchNorm over several GPUs has no second derivative: d_norm=False")
     precision = config.precision
     if precision == "auto":
         precision = "float32" if not on_gpu else "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
