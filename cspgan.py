@@ -1,15 +1,16 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces (128x128x3).
 
-Read from top to bottom: config, environment, data, models, losses, training, presets, runs, metrics, plots, command line.
+Read from top to bottom: config, environment, processes, data, models, losses, training, presets, runs, metrics, plots,
+command line.
 The report that uses all of it is gan_hw.ipynb. Every experiment is one line:
 
     run = train(BASELINE.but(block_norm="both", block_act="leaky_relu"), images, "results/my_idea")
 
-Measured (results/table.json; 900 held-out faces of aligned64.zip at 32 px, width 64, one CPU core, PyTorch 2.15.0; SWD
-x1e3, lower is better, mean and half the range over seeds): after 256,000 images `converged` has SWD 13.9 ± 0.9 and
-0.96 ± 0.01 of the real diversity (3 seeds); the best other recipe, `dcgan_20`, 27.5 ± 4.8 (2 seeds); real faces among
-themselves 10.7. After 64,000 images: `converged` 20 ± 0, the best of the 22 others, `dcgan`, 56 ± 1; the course's
-baseline 461 ± 71, collapsed.
+Measured (results/table.json; 900 held-out faces of aligned64.zip at 32 px, width 64, one CPU core, PyTorch 2.14.1; SWD
+x1e3, lower is better, mean and half the range over seeds): after 256,000 images `converged` has SWD 12.9 ± 1.9 and
+0.97 ± 0.02 of the real diversity (3 seeds); the best other recipe, `dcgan_20`, 27.6 ± 1.8 (2 seeds); real faces among
+themselves 10.7. After 64,000 images: `converged` 17 ± 1, the best of the 22 others, `dcgan`, 57 ± 3; the course's
+baseline 399 ± 116, collapsed. Speed: results/benchmark.json.
 """
 
 from __future__ import annotations
