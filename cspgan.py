@@ -1311,7 +1311,8 @@ def record_graph(compute: Callable[[], None], noise: torch.Generator) -> Callabl
 def keep_memory(keep: bool) -> None:
     """Whether glibc keeps what is freed, or returns large blocks to the system and gets them back page by page.
 
-    Kept, a step on a CPU takes up to 17% less time (results/benchmark.json). Does nothing where there is no glibc.
+    Kept, a step of 33 ms at 32 px took 8 to 17% less time on one core, one of 64 px hardly less (results/benchmark.json). Does
+    nothing where there is no glibc.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

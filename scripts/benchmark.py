@@ -330,9 +330,8 @@ def measure_input(config, root, cache, setting, device):
             list(pool.map(decode_only, parts))
 
     readers = {
-        "one_by_one": lambda: [None for _ in dataset],
-        "dataloader_2_workers": lambda: [None for _ in DataLoader(dataset, config.batch_size, num_workers=2)],
-        "load_faces": load_faces, "decoder_alone": decoder,
+        "one_by_one": lambda: [None for _ in dataset], "load_faces": load_faces, "decoder_alone": decoder,
+        "dataloader_2_workers": lambda: [None for _ in DataLoader(dataset, config.batch_size, num_workers=2)],  # last: they linger
     }
     rates = [{name: images / seconds(read, CPU) for name, read in readers.items()} for _ in range(rounds)]
     found = {"images_per_second": {name: summary([r[name] for r in rates]) for name in readers}}
