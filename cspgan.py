@@ -403,11 +403,11 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
         links = [path for path in sorted(place.glob("[!.]*")) if path.is_symlink() and path.is_dir()
                  and not place.resolve().is_relative_to(path.resolve())]  # not round to where it lies itself
         for source in (place, *links):
-            for name, (*_, mode) in ((name, (*about, 0)[:3]) for name, about in _list_images(source).items()):
+            for name, about in _list_images(source).items():
                 folders = (*source.relative_to(place).parts, *name.split(os.sep)[:-1])
                 if "img_align_celeba" in folders:
                     return place.joinpath(*folders)
-                counts[place.joinpath(*folders[:1])] += stat.S_ISREG(mode)
+                counts[place.joinpath(*folders[:1])] += bool(about) and stat.S_ISREG(about[-1])
         for archive in place.rglob("*.[zZ][iI][pP]"):
             if archive.parent == place or not archive.is_symlink():
                 with contextlib.suppress(OSError, ValueError):  # half a download
@@ -418,7 +418,7 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
 
 
 def _list_images(source: Path) -> dict[str, tuple[int, ...]]:
-    """{name: (bytes, date, mode)} of the images in a folder (with its sub-folders) or a zip, sorted; no hidden ones."""
+    """{name: (bytes, date, mode) of its file} of the images in a folder (with its sub-folders) or a zip, sorted; no hidden ones."""
     found: dict[str, tuple[int, ...]] = {}
     if source.is_dir():
         _scan(str(source), "", found)
@@ -432,11 +432,15 @@ def _list_images(source: Path) -> dict[str, tuple[int, ...]]:
         for name in names:
             parts = name.replace("\\", "/").split("/")
             if not any(part.startswith(HIDDEN) and part not in (".", "..") for part in parts):
-                found[name] = ()
+                found[name] = _about(source.stat())
     return {name: found[name] for name in sorted(found)}
 
 
 HIDDEN = (".", "__MACOSX")
+
+
+def _about(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_mode
 
 
 def _scan(folder: str, before: str, found: dict[str, tuple[int, ...]]) -> None:
@@ -455,8 +459,7 @@ def _scan(folder: str, before: str, found: dict[str, tuple[int, ...]]) -> None:
             _scan(entry.path, before + name + os.sep, found)
         elif entry.is_symlink() or name.lower().endswith(IMAGE_ENDINGS):
             try:
-                status = entry.stat(follow_symlinks=False)
-                found[before + name] = status.st_size, status.st_mtime_ns, status.st_mode
+                found[before + name] = _about(entry.stat(follow_symlinks=False))
             except FileNotFoundError:  # vanished since it was listed
                 found[before + name] = ()
 
@@ -476,9 +479,7 @@ def load_faces(source: str | Path, size: int, cache_dir: str | Path = CACHE_DIR,
     names = list(found)[:limit]
     if not names:
         raise ValueError(f"{source}: no {', '.join(IMAGE_ENDINGS)} file in it. {HOW_TO_GET_FACES}")
-    status = source.lstat()
-    of_zip: list[tuple[int, ...]] = [(status.st_size, status.st_mtime_ns, status.st_mode)] * source.is_file()
-    made_from = (names, of_zip or [found[name] for name in names if found[name]], CROP)
+    made_from = (names, [found[name] for name in names], CROP)
     place, state = (hashlib.sha1(repr(part).encode()).hexdigest()[:8] for part in (str(source), made_from))
     cache = cache_dir / f"{source.stem}-{size}px-{place}-{state}.u8"  # with this name, a file that exists is up to date
     image_bytes = 3 * size * size
@@ -1311,8 +1312,7 @@ def record_graph(compute: Callable[[], None], noise: torch.Generator) -> Callabl
 def keep_memory(keep: bool) -> None:
     """Whether glibc keeps what is freed, or returns large blocks to the system and gets them back page by page.
 
-    Kept, a step of 33 ms at 32 px took 8 to 17% less time on one core, one of 64 px hardly less (results/benchmark.json). Does
-    nothing where there is no glibc.
+    What it brings, results/benchmark.json has. Does nothing where there is no glibc.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1560,6 +1560,7 @@ def _train(config: Config, images: Tensor, folder: Path | None, device: torch.de
             ends_epoch = training.step % training.epoch_steps == 0
             if training.step in windows or ends_epoch:
                 training.record()
+                run.environment["peak_memory_mb"] = peak_memory(device)
                 d_loss, g_loss = (training.history[-1][key] for key in ("d_loss", "g_loss"))
                 bar.set_postfix_str(f"D {d_loss:.3f} G {g_loss:.3f}", refresh=False)
                 if not math.isfinite(d_loss + g_loss):
@@ -1581,7 +1582,6 @@ def _train(config: Config, images: Tensor, folder: Path | None, device: torch.de
                 is_saved = save_checkpoint(training, folder, data)
                 saved = time.perf_counter()
             run.stopped = reason if training.step < training.steps or reason != "time" else ""
-            run.environment["peak_memory_mb"] = peak_memory(device)
             if reason and training.step < training.steps:
                 hope = "The same call goes on from here." if folder and is_saved else "It is not saved."
                 if rank() == 0:
