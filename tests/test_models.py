@@ -1,6 +1,9 @@
-"""Shapes, parameter counts by independent arithmetic, branches, gradients."""
+"""Shapes, parameter counts by independent arithmetic, branches, gradients, initial weights."""
 
+import copy
+import inspect
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,163 +17,219 @@ def count(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def csp_up_parameters(c, out, k, norm_left=False, norm_right=False):
-    """Weights and biases of the block, written out from the drawing."""
-    left, right = c // 2, c - c // 2
-    deconvs = left * out * k * k + out + right * out * k * k + out
-    convs = right * right + right + 2 * (out * out * 9 + out)
-    norms = 2 * out * norm_left + 2 * (right + 2 * out) * norm_right
-    return deconvs + convs + norms
+def conv(c, out, kernel):
+    return c * out * kernel**2 + out
 
 
-@pytest.mark.parametrize("c, out", [(8, 4), (100, 64), (7, 3), (2, 5)])
+def csp_up(c, out, kernel=4):
+    """Weights and biases of a block without norms, written out from the drawing."""
+    half = c // 2
+    return (conv(half, out, kernel) + conv(half, half, 1) + conv(half, out, kernel)
+            + conv(out, out, 3) + conv(out, out, 3))
+
+
+def shapes(generator):
+    """The shape that every part gives, from z on. By parts: autocast does not know `meta`."""
+    x, found = torch.randn(2, 100, 1, 1), []
+    for part in (generator.stem, *generator.blocks, generator.to_rgb):
+        x = part(x)
+        found.append(tuple(x.shape[1:]))
+    return found
+
+
+BOXES = [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32), (64, 64, 64)]
+PAIRS = [(1024, 512), (512, 256), (256, 128), (128, 64)]
+FOUR = sum(csp_up(*pair) for pair in PAIRS)
+
+
+@pytest.mark.parametrize("ladder, outputs, parameters", [
+    ("cspup_first", BOXES, csp_up(100, 1024) + FOUR + conv(64, 3, 4)),
+    ("deconv_first", BOXES, conv(100, 1024, 4) + FOUR + conv(64, 3, 4)),
+    ("cspup_last", [*BOXES, (32, 128, 128)],
+     conv(100, 1024, 4) + FOUR + csp_up(64, 32) + conv(32, 3, 3))])
+def test_the_three_readings_of_the_drawing_at_full_size(ladder, outputs, parameters):
+    with torch.device("meta"):  # allocates nothing
+        generator = Generator(BASELINE.but(ladder=ladder))
+        assert shapes(generator) == [*outputs, (3, 128, 128)]
+    assert count(generator) == parameters
+    blocks = [m for m in generator.modules() if isinstance(m, CSPup)]
+    assert len(blocks) == (4 if ladder == "deconv_first" else 5)
+    assert isinstance(generator.stem, CSPup if ladder == "cspup_first" else nn.ConvTranspose2d)
+
+
+def test_d_and_the_control_at_full_size():
+    widths = [3, 64, 128, 256, 512, 1024]
+    for wider, fewer, kernel in ((1, 0, 4), (2, 0, 4), (1, 1, 8), (1, 4, 64)):
+        channels = [3, *(wider * c for c in widths[1:])][: 6 - fewer]
+        with torch.device("meta"):
+            d = Discriminator(BASELINE.but(d_wider=wider, d_fewer=fewer))
+            assert d(torch.randn(2, 3, 128, 128)).shape == (2,)
+        convs = sum(conv(c, out, 4) for c, out in zip(channels, channels[1:]))
+        assert count(d) == convs + 2 * sum(channels[2:]) + conv(channels[-1], 1, kernel)
+    with torch.device("meta"):
+        dcgan = DCGANGenerator(BASELINE)
+        assert shapes(dcgan) == [*BOXES, (3, 128, 128)]
+    deconvs = sum(c * out * 16 + 2 * out for c, out in [(100, 1024), *PAIRS])
+    assert count(dcgan) == deconvs + conv(64, 3, 4)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [2, 37])
+def test_any_size_and_width(size, width):
+    for ladder in cs.LADDERS:
+        config = BASELINE.but(image_size=size, width=width, ladder=ladder, z_dim=7)
+        for make in (Generator, DCGANGenerator):
+            images = make(config)(torch.randn(2, 7))
+            assert images.shape == (2, 3, size, size)
+    assert Discriminator(config)(images).shape == (2,)
+
+
+@pytest.mark.parametrize("c, out", [(8, 4), (7, 3), (2, 5)])
 def test_block_doubles_the_resolution(c, out):
     assert CSPup(c, out)(torch.randn(2, c, 5, 3)).shape == (2, out, 10, 6)
     assert CSPup(c, out, deconv=(2, 2, 0))(torch.randn(2, c, 5, 3)).shape == (2, out, 10, 6)
     assert CSPup(c, out, deconv=(4, 1, 0))(torch.randn(2, c, 1, 1)).shape == (2, out, 4, 4)
 
 
-@pytest.mark.parametrize("norms", [(False, False), (False, True), (True, True)])
-def test_block_parameters(norms):
-    assert count(CSPup(64, 32, nn.ReLU, *norms)) == csp_up_parameters(64, 32, 4, *norms)
-
-
 def test_block_is_the_sum_of_two_branches_fed_with_one_half_each():
     torch.manual_seed(0)
-    block, x = CSPup(8, 4, nn.Tanh), torch.randn(1, 8, 4, 4, requires_grad=True)
-    assert torch.allclose(block(x), block.left(x[:, :4]) + block.right(x[:, 4:]))
-    (gradient,) = torch.autograd.grad(block.left(x[:, :4]).square().sum(), x)
-    assert gradient[:, :4].abs().min() > 0 and not gradient[:, 4:].any()
+    block, x = CSPup(8, 4, nn.Tanh), torch.randn(1, 8, 4, 4)
     for branch, half in ((block.left, slice(0, 4)), (block.right, slice(4, 8))):
-        changed = x.detach().clone()
+        changed = x.clone()
         changed[:, half] += 1
         moved = block(changed) - block(x)
         assert torch.allclose(moved, branch(changed[:, half]) - branch(x[:, half]), atol=1e-6)
         assert moved.abs().max() > 1e-3
+    left, right = ({id(p) for p in branch.parameters()} for branch in (block.left, block.right))
+    assert left and right and not left & right  # a deconvolution each
+    with pytest.raises(ValueError, match="in_channels=1.*'left'"):
+        CSPup(1, 4, norm="left")
 
 
-def test_branches_share_no_weights():
-    block = CSPup(8, 4)
-    left, right = ({p.data_ptr() for p in branch.parameters()} for branch in (block.left, block.right))
-    assert left and right and not left & right
+@pytest.mark.parametrize("norm, left, right", [
+    ("none", "T", "C1 A T C3 A C3"), ("right", "T", "C1 B A T C3 B A C3"),
+    ("both", "T B", "C1 B A T C3 B A C3 B")])
+@pytest.mark.parametrize("act, kind", [
+    ("relu", nn.ReLU), ("leaky_relu", nn.LeakyReLU), ("tanh", nn.Tanh)])
+def test_block_has_its_layers_in_the_order_of_the_drawing(norm, left, right, act, kind):
+    def letters(branch):
+        names = {nn.ConvTranspose2d: "T", nn.BatchNorm2d: "B", kind: "A"}
+        return " ".join(names.get(type(m)) or f"C{m.kernel_size[0]}" for m in branch)
+
+    config = BASELINE.but(image_size=32, width=16, block_norm=norm, block_act=act)
+    blocks = [m for m in Generator(config).modules() if isinstance(m, CSPup)]
+    assert [(letters(b.left), letters(b.right)) for b in blocks] == [(left, right)] * 3
 
 
 def test_block_copied_elsewhere_needs_only_torch():
-    import inspect
-
-    scope = {}
-    exec("import torch\nfrom torch import nn\n" + inspect.getsource(CSPup), scope)
-    assert scope["CSPup"](8, 4)(torch.randn(1, 8, 2, 2)).shape == (1, 4, 4, 4)
-
-
-@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("width", [16, 37])
-def test_any_size_and_width(size, width):
-    config = BASELINE.but(image_size=size, width=width)
-    z = torch.randn(2, config.z_dim)
-    for make in (Generator, DCGANGenerator):
-        images = make(config)(z)
-        assert images.shape == (2, 3, size, size)
-        assert Discriminator(config)(images).shape == (2,)
+    scope = {"torch": torch, "nn": nn, "Callable": Callable}
+    exec(inspect.getsource(CSPup), scope)
+    for norm in ("none", "both"):
+        x = torch.randn(2, 8, 2, 2)
+        assert scope["CSPup"](8, 4, nn.ReLU, norm)(x).shape == (2, 4, 4, 4)
 
 
-def test_the_assignment_has_the_prescribed_ladder_and_size():
-    config = BASELINE
-    assert cs.channel_ladder(config) == [1024, 512, 256, 128, 64]
-    generator, discriminator = Generator(config), Discriminator(config)
-    x, sides = torch.randn(1, 100, 1, 1), []
-    for layer in (generator.stem, *generator.blocks, generator.to_rgb):
-        x = layer(x)
-        sides.append(tuple(x.shape[1:]))
-    assert sides == [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32), (64, 64, 64), (3, 128, 128)]
-    ladder = [100, 1024, 512, 256, 128, 64]
-    assert count(generator) == sum(csp_up_parameters(c, out, 4) for c, out in zip(ladder, ladder[1:])) + 64 * 3 * 16 + 3
-    widths = [3, 64, 128, 256, 512, 1024]
-    convs = sum(c * out * 16 + out for c, out in zip(widths, widths[1:]))
-    assert count(discriminator) == convs + 2 * sum(widths[2:]) + 1024 * 16 + 1
-
-
-def test_options_change_the_network():
-    config = BASELINE.but(image_size=32, width=32)
-    assert isinstance(Generator(config.but(stem="deconv")).stem, nn.ConvTranspose2d)
-    assert count(Generator(config.but(deconv_kernel=2))) < count(Generator(config))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in Discriminator(config.but(d_norm=False)).modules())
-    wide = [m.out_channels for m in Discriminator(config.but(d_wider=3)).modules() if isinstance(m, nn.Conv2d)]
-    assert wide == [24, 48, 96, 1] and count(Generator(config.but(d_wider=3))) == count(Generator(config))
-    shallow = Discriminator(config.but(d_fewer=1))
-    assert sum(isinstance(m, nn.Conv2d) for m in shallow.modules()) == 3
-    assert shallow(torch.randn(2, 3, 32, 32)).shape == (2,)
-    assert all(cs.Discriminator(cs.BASELINE.but(image_size=size, width=16, d_fewer=1))(torch.randn(2, 3, size, size)).shape == (2,)
-               for size in (16, 64))
-    norms = {norm: sum(isinstance(m, nn.BatchNorm2d) for m in Generator(config.but(block_norm=norm)).modules())
-             for norm in ("none", "right", "both")}
-    assert norms == {"none": 0, "right": 9, "both": 12}  # three blocks of three and of four
-    for act, kind in (("relu", nn.ReLU), ("leaky_relu", nn.LeakyReLU), ("tanh", nn.Tanh)):
-        assert isinstance(Generator(config.but(block_act=act)).stem.right[1], kind)
-
-
-@pytest.mark.parametrize("head, low, high", [("tanh", -1, 1), ("sigmoid", 0, 1), ("relu", 0, math.inf)])
-def test_head_sets_the_range(head, low, high):
-    config = BASELINE.but(image_size=16, width=16, head=head)
-    generator = Generator(config)
-    for parameter in generator.parameters():
-        parameter.data.mul_(30)
+@pytest.mark.parametrize("head, low, high", [
+    ("tanh", -1, 1), ("sigmoid", 0, 1), ("relu", 0, math.inf)])
+def test_head_sets_the_range_and_d_returns_raw_logits(head, low, high):
+    config = BASELINE.but(image_size=16, width=16, head=head, init="he")
+    generator, d = Generator(config), Discriminator(config)
+    generator.to_rgb[0].weight.data.mul_(30)
     images = generator(torch.randn(8, 100))
-    assert images.min() >= low and images.max() <= high and images.std() > 0
+    assert low <= images.min() and images.max() <= high and images.std() > 0
+    assert images.min() < 0 or head != "tanh"
+    logits = d(100 * torch.randn(64, 3, 16, 16))
+    assert logits.min() < 0 and logits.max() > 1
 
 
-def test_discriminator_returns_raw_logits():
-    discriminator = Discriminator(BASELINE.but(image_size=16, width=16))
-    for parameter in discriminator.parameters():
-        parameter.data.mul_(10)
-    logits = discriminator(torch.rand(32, 3, 16, 16))
-    assert logits.min() < 0 or logits.max() > 1
+def test_options_of_d():
+    config = BASELINE.but(image_size=32, width=32)
+    for norm, places in ((True, [3, 6]), (False, [])):  # on all but the first and the last
+        layers = Discriminator(config.but(d_norm=norm)).features
+        assert [k for k, m in enumerate(layers) if isinstance(m, nn.BatchNorm2d)] == places
+        assert {m.negative_slope for m in layers if isinstance(m, nn.LeakyReLU)} == {0.2}
+    d = Discriminator(config.but(d_wider=3, d_fewer=1))
+    convs = [m for m in d.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [24, 48, 1] and not list(d.buffers())
 
 
-@pytest.mark.parametrize("norm", ["none", "right", "both"])
-@pytest.mark.parametrize("kind", ["cspup", "dcgan"])
-def test_every_parameter_gets_a_gradient(kind, norm):
-    config = BASELINE.but(image_size=32, width=32, generator=kind, block_norm=norm, block_act="leaky_relu")
-    generator, discriminator = cs.GENERATORS[kind](config), Discriminator(config)
-    # He-like scale: DCGAN's 0.02 shrinks the signal of so thin a network below what float32 adds up
-    for parameter in (*generator.parameters(), *discriminator.parameters()):
-        if parameter.dim() > 1:
-            nn.init.kaiming_normal_(parameter)
-    discriminator(generator(torch.randn(8, config.z_dim))).sum().backward()
-    missing = [name for network in (generator, discriminator) for name, p in network.named_parameters()
-               if p.grad is None or not p.grad.any()]
-    assert not missing
+@pytest.mark.parametrize("name", [*cs.PRESETS, *cs.ABLATIONS])
+def test_a_step_of_every_preset_reaches_every_weight(name, toys):
+    """At He's scale: 0.02 shrinks the signal of so thin a network below what float32 adds up."""
+    config = {**cs.PRESETS, **cs.ABLATIONS}[name].but(
+        image_size=16, width=16, z_dim=8, batch_size=16, epochs=1, epoch_images=None, init="he")
+    training = cs.Training(config, toys, torch.device("cpu"))
+    networks = training.generator, training.discriminator
+    before = copy.deepcopy(networks)
+    training.advance()
+    assert training.sums.isfinite().all() and training.sums[0] > 0 and training.sums[4] > 0
+    for network, old in zip(networks, before):
+        for (weight, p), q in zip(network.named_parameters(), old.parameters()):
+            assert p.grad is not None and p.grad.isfinite().all(), weight
+            if weight.endswith("weight"):  # biases that a BatchNorm follows are cancelled by it
+                assert (p.grad != 0).float().mean() > 0.2 and not torch.equal(p, q), weight
 
 
-def test_weights_are_initialised_as_dcgan_does():
-    generator = Generator(BASELINE.but(image_size=32, width=256, block_norm="both"))
-    weights = torch.cat([m.weight.flatten() for m in generator.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))])
-    scales = torch.cat([m.weight for m in generator.modules() if isinstance(m, nn.BatchNorm2d)])
-    biases = torch.cat([m.bias for m in generator.modules() if getattr(m, "bias", None) is not None])
-    assert abs(weights.mean()) < 1e-3 and abs(weights.std() - 0.02) < 1e-3
-    assert abs(scales.mean() - 1) < 5e-3 and abs(scales.std() - 0.02) < 5e-3
-    assert not biases.any()
+def layers_of(*networks):
+    kinds = nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d
+    return {name: m for network in networks for name, m in network.named_modules()
+            if isinstance(m, kinds)}
+
+
+def test_initial_weights_of_dcgan():
+    config = BASELINE.but(image_size=32, width=128, block_norm="both")
+    layers = layers_of(Generator(config), Discriminator(config))
+    for name, m in layers.items():
+        n, mean = m.weight.numel(), 1 if isinstance(m, nn.BatchNorm2d) else 0
+        assert abs(m.weight.mean() - mean) < 5 * 0.02 / math.sqrt(n), name
+        assert m.weight.std().item() == pytest.approx(0.02, rel=4 / math.sqrt(2 * n)), name
+        assert not m.bias.any()
+
+
+def test_initial_weights_of_he():
+    """Gain over inputs that one output sees, written out for every kind of layer."""
+    config = BASELINE.but(image_size=32, width=128, init="he", d_norm=False)
+    last = config.but(ladder="cspup_last", deconv_kernel=2, block_norm="both")
+    expected = {
+        "stem.left.0": 1 / 50, "stem.right.0": 2 / 50, "stem.right.2": 1 / 50,
+        "stem.right.3": 2 / (9 * 128), "stem.right.5": 2 / (9 * 128),
+        "blocks.0.left.0": 1 / (4 * 64), "blocks.0.right.0": 2 / 64,
+        "blocks.0.right.2": 1 / (4 * 64), "blocks.0.right.3": 2 / (9 * 64), "to_rgb.0": 1 / (4 * 32),
+        "features.0": 2 / (16 * 3), "features.2": 2 / (16 * 32), "to_logit": 2 / (16 * 128)}
+    expected_last = {"stem": 1 / 100, "blocks.0.left.0": 1 / 64, "to_rgb.0": 1 / (9 * 16)}
+    for found, variances in ((layers_of(Generator(config), Discriminator(config)), expected),
+                             (layers_of(Generator(last)), expected_last)):
+        for name, variance in variances.items():
+            weight = found[name].weight
+            close = 4 / math.sqrt(2 * weight.numel())
+            assert weight.std().item() == pytest.approx(math.sqrt(variance), rel=close), name
+    norms = [m for m in Generator(last).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all((m.weight == 1).all() for m in norms)
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_he_keeps_the_scale_of_activations_and_dcgan_does_not(size):
-    """From noise of size 1, G's images grow by at most 1.8 a block and D's logits stay of size 1; DCGAN's 0.02 shrinks both."""
+def test_he_keeps_the_size_of_activations_and_dcgan_does_not(size):
+    """From noise of size 1, images grow by at most 1.8 a block, and logits stay of size 1."""
     sizes = {}
     for init in ("he", "dcgan"):
-        config = BASELINE.but(image_size=size, width=128, block_act="leaky_relu", d_norm=False, init=init)
-        generator, discriminator = Generator(config), Discriminator(config)
+        config = BASELINE.but(image_size=size, width=128, d_norm=False, init=init)
+        generator, d = Generator(config), Discriminator(config)
         generator.to_rgb[1] = nn.Identity()
-        images = generator(torch.randn(64, 100))
-        sizes[init] = images.std().item(), discriminator(torch.randn(64, 3, size, size)).square().mean().sqrt().item()
-    assert 0.5 < sizes["he"][0] < 1.8 ** (len(cs.channel_ladder(config)) + 1) and 0.4 < sizes["he"][1] < 3
+        images, logits = generator(torch.randn(64, 100)), d(torch.randn(64, 3, size, size))
+        sizes[init] = images.std().item(), logits.square().mean().sqrt().item()
+    assert 0.4 < sizes["he"][0] < 1.8 ** math.log2(size) and 0.4 < sizes["he"][1] < 3
     assert sizes["dcgan"][0] < 0.05 and sizes["dcgan"][1] < 0.2
 
 
 def test_weights_follow_the_seed_alone():
-    config = BASELINE.but(image_size=16, width=16)
-    torch.manual_seed(1)
-    first = Generator(config).state_dict()
-    torch.manual_seed(2)
-    second, other = Generator(config).state_dict(), Generator(config.but(seed=1)).state_dict()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["to_rgb.0.weight"], other["to_rgb.0.weight"])
+    config, made = BASELINE.but(image_size=16, width=16, block_norm="both"), []
+    for seed, other in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(seed)
+        made.append(Generator(config.but(seed=other)))
+    (first, d), state = (made[0], Discriminator(config)), torch.get_rng_state()
+    cs.initialise(first, "dcgan", 0)
+    assert torch.equal(state, torch.get_rng_state())  # no draw is taken from the caller's numbers
+    for p, q, r in zip(*(network.parameters() for network in made)):
+        assert torch.equal(p, q) and (not p.any() or not torch.equal(p, r))
+    start = [next(network.parameters()).flatten()[:50] for network in (first, d)]
+    assert not torch.equal(*start)  # G and D do not begin with the same draws

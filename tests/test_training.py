@@ -1,379 +1,309 @@
-"""The two steps, the loop, seeds, and that a short training learns."""
+"""Losses and penalties against formulas, the two steps, rates, precision, and the order of images."""
 
 import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import cspgan as cs
 
+CPU = torch.device("cpu")
 
-def snapshot(network):
-    return {key: value.clone() for key, value in network.state_dict().items()}
-
+def state(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
 
 def same(before, network):
-    return all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    return all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
+def still(network):
+    """An optimiser that moves nothing, so that gradients and losses can be looked at."""
+    return torch.optim.SGD(network.parameters(), 0.0)
 
-def without_seconds(history):
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+def watched(monkeypatch, name):
+    """The arguments of all calls of one of the module's functions."""
+    calls, function = [], getattr(cs, name)
+    monkeypatch.setattr(cs, name, lambda *args: calls.append(args) or function(*args))
+    return calls
 
+@pytest.fixture
+def paired(tiny):
+    return tiny.but(loss="relativistic", d_norm=False, init="he", r1=3.0, r2=5.0)
 
-@pytest.fixture(params=["bce", "relativistic"])
-def pair(request, tiny):
-    config = tiny.but(block_norm="both", loss=request.param)
-    if request.param == "relativistic":
-        config = config.but(r1=1.0, r2=1.0, d_norm=False, init="he")
-    return config, cs.Generator(config), cs.Discriminator(config)
+def networks(config, toys):
+    """G, D, and a real and a generated batch."""
+    generator = cs.Generator(config)
+    z = torch.randn(16, config.z_dim, generator=torch.Generator().manual_seed(9))
+    return generator, cs.Discriminator(config), cs.to_network(toys[:16], config), generator(z)
 
+# ---- losses
 
-@pytest.mark.parametrize("learner", ["d", "g"])
-def test_a_step_moves_its_own_network_and_leaves_the_other_untouched(pair, toys, learner):
-    config, generator, discriminator = pair
-    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
-    step, moved, still = {"d": (cs.d_step, discriminator, generator), "g": (cs.g_step, generator, discriminator)}[learner]
-    before_moved, before_still = snapshot(moved), snapshot(still)
-    step(discriminator, cs.adam(moved, 1e-3, config), real, fake, config)
-    assert same(before_still, still) and not same(before_moved, moved)
-    assert all(p.grad is None for p in still.parameters())
-
-
-def test_each_step_moves_its_loss_down(pair, toys):
-    config, generator, discriminator = pair
-    real, z = cs.to_network(toys[:16], config), torch.randn(16, config.z_dim)
-    opt_d, opt_g = cs.adam(discriminator, 1e-3, config), cs.adam(generator, 1e-3, config)
-    d_losses = [cs.d_step(discriminator, opt_d, real, generator(z), config)[0] for _ in range(8)]
-    g_losses = [cs.g_step(discriminator, opt_g, real, generator(z), config) for _ in range(8)]
-    assert d_losses[-1] < d_losses[0] and g_losses[-1] < g_losses[0]
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_of_the_steps_are_the_formulas(tiny, toys, smoothing):
-    config = tiny.but(block_norm="both", label_smoothing=smoothing)
-    generator, discriminator = cs.Generator(config), cs.Discriminator(config)
-    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
-    d_real, d_fake = discriminator(real).sigmoid(), discriminator(fake).sigmoid()
-    target = 1 - smoothing
-    expected = -(target * d_real.log() + smoothing * (1 - d_real).log()).mean() - (1 - d_fake).log().mean()
-    still = torch.optim.SGD(discriminator.parameters(), 0.0), torch.optim.SGD(generator.parameters(), 0.0)
-    d_loss, mean_real, mean_fake, penalty = cs.d_step(discriminator, still[0], real, fake, config)
-    assert d_loss.item() == pytest.approx(expected.item(), rel=1e-5) and penalty == 0
-    assert mean_real.item() == pytest.approx(d_real.logit().mean().item(), abs=1e-5)
-    assert mean_fake.item() == pytest.approx(d_fake.logit().mean().item(), abs=1e-5)
-    g_loss = cs.g_step(discriminator, still[1], real, fake, config)
-    assert g_loss.item() == pytest.approx(-d_fake.log().mean().item(), rel=1e-5)
-
-
-def test_batchnorm_learns_its_statistics_while_training(tiny, toys):
-    run = cs.train(tiny.but(block_norm="both", epoch_images=160), toys, progress=False)
-    norms = [m for m in run.generator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert norms and all(m.num_batches_tracked == 10 and m.running_mean.any() for m in norms)
-
-
-def relativistic_pair(tiny):
-    config = tiny.but(loss="relativistic", d_norm=False, init="he", r1=3.0, r2=5.0)
-    return config, cs.Generator(config), cs.Discriminator(config)
-
-
-def test_relativistic_losses_and_penalties_are_the_formulas(tiny, toys):
-    config, generator, discriminator = relativistic_pair(tiny)
-    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
-    d_real, d_fake = discriminator(real).double(), discriminator(fake).double()
-    still = torch.optim.SGD(discriminator.parameters(), 0.0), torch.optim.SGD(generator.parameters(), 0.0)
-    d_loss, _, _, penalty = cs.d_step(discriminator, still[0], real, fake, config)
-    g_loss = cs.g_step(discriminator, still[1], real, fake, config)
-    assert d_loss.item() == pytest.approx(-(d_real - d_fake).sigmoid().log().mean().item(), rel=1e-5)
-    assert g_loss.item() == pytest.approx(-(d_fake - d_real).sigmoid().log().mean().item(), rel=1e-5)
-    squares = [numerical_gradient(discriminator, images).square().sum((1, 2, 3)).mean().item() for images in (real, fake.detach())]
-    assert penalty.item() == pytest.approx(3 / 2 * squares[0] + 5 / 2 * squares[1], rel=1e-3)
-
-
-def numerical_gradient(discriminator, images, h=1e-4):
-    """grad_x D(x) of each image by central differences, one pixel at a time, in float64."""
-    discriminator, images = copy.deepcopy(discriminator).double(), images.double()
-    gradient = torch.zeros_like(images)
-    with torch.no_grad():
-        for place in range(images[0].numel()):
-            step = torch.zeros(images[0].numel(), dtype=torch.double)
-            step[place] = h
-            step = step.view_as(images[0])
-            gradient.flatten(1)[:, place] = (discriminator(images + step) - discriminator(images - step)) / (2 * h)
-    return gradient
-
-
-@pytest.mark.parametrize("half", ["bfloat16", "float16"])
-def test_penalties_are_exact_under_mixed_precision(tiny, toys, half):
-    config, generator, discriminator = relativistic_pair(tiny)
-    real, fake = cs.to_network(toys[:16], config), generator(torch.randn(16, config.z_dim))
-    for penalties in ("double_backward", "linear"):
-        results = []
-        for precision in ("float32", half):
-            network, chosen = copy.deepcopy(discriminator), config.but(precision=precision, penalties=penalties)
-            with torch.autocast("cpu", cs.HALF[half], enabled=precision == half):  # whatever the caller has set
-                stats = cs.d_step(network, torch.optim.SGD(network.parameters(), 0.01), real, fake, chosen)
-            results.append((stats, [p.clone() for p in network.parameters()]))
-        assert torch.equal(results[0][0], results[1][0]) and all(map(torch.equal, results[0][1], results[1][1]))
-    free = config.but(r1=0.0, r2=0.0)  # without penalties the networks do run in half precision
-    exact, mixed = (cs.d_step(copy.deepcopy(discriminator), torch.optim.SGD([torch.zeros(1)]), real, fake, free.but(precision=name))
-                    for name in ("float32", half))
-    assert not torch.equal(mixed, exact) and torch.allclose(mixed, exact, atol=0.05)
-
-
-def test_gradient_of_the_penalty_agrees_with_differences(tiny, toys):
-    """The second derivative: how the penalty changes when a weight of D does."""
-    config, _, discriminator = relativistic_pair(tiny)
-    discriminator.double()
-    images = cs.to_network(toys[:4], config).double().requires_grad_()
-
-    def penalty():
-        return cs.gradient_penalty(discriminator(images), images).mean()
-
-    parameters = [p for p in discriminator.parameters() if p.dim() > 1]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(penalty(), parameters)):
-        place = gradient.abs().argmax()  # biases aside, which only shift LeakyReLU's kinks
-        weight, kept = parameter.data.view(-1), parameter.data.view(-1)[place].item()
-        found = []
-        for step in (1e-6, -1e-6):
-            weight[place] = kept + step
-            found.append(penalty().item())
-        weight[place] = kept
-        assert (found[0] - found[1]) / 2e-6 == pytest.approx(gradient.reshape(-1)[place].item(), rel=1e-3)
-
-
-def test_relativistic_loss_sees_differences_only():
-    a, b = torch.randn(2, 8)
-    assert cs.relativistic(a + 7, b + 7).item() == pytest.approx(cs.relativistic(a, b).item(), rel=1e-5)
-    assert cs.relativistic(a, a).item() == pytest.approx(math.log(2))
-
-
-def test_penalties_hold_d_s_slope_down(tiny, toys):
-    base = tiny.but(loss="relativistic", d_norm=False, init="he", epoch_images=16 * 80, lr_d=1e-3, lr_g=1e-3)
-    free, held = (cs.train(config, toys, progress=False).history[-1] for config in (base, base.but(r1=10.0, r2=10.0)))
-    assert held["grad_real"] < 0.5 * free["grad_real"] and held["grad_fake"] < 0.5 * free["grad_fake"]
-    assert free["penalty"] == 0 < held["penalty"]
-
-
-def test_ema_is_the_running_mean_of_weights_and_buffers(tiny, toys, monkeypatch):
-    config = tiny.but(block_norm="both", epoch_images=16 * 6, ema_images=64)
-    states = []
-    update = cs.update_ema
-    monkeypatch.setattr(cs, "update_ema", lambda mean, network, *
-                        rest: (update(mean, network, *rest), states.append(snapshot(network))))
-    run = cs.train(config, toys, progress=False)
-    plain = cs.train(config.but(ema_images=0), toys, progress=False)
-    assert same(states[-1], plain.generator)  # the mean changes nothing in the training itself
-    for name, value in cs.Generator(config).state_dict().items():
-        if not value.is_floating_point():
-            continue
-        mean = value.double()
-        for step, state in enumerate(states, start=1):
-            decay = 0.5 ** (16 / min(64, 0.1 * step * 16))
-            mean = decay * mean + (1 - decay) * state[name].double()
-        assert torch.allclose(run.generator.state_dict()[name].double(), mean, atol=1e-5), name
-    assert not same(states[-1], run.generator)
-
-
-@pytest.mark.parametrize("network", ["d", "g"])
-def test_learning_rates_fall_on_a_half_cosine(tiny, toys, monkeypatch, network):
-    rates, step = [], getattr(cs, f"{network}_step")
-    monkeypatch.setattr(cs, f"{network}_step", lambda d, optimizer, *
-                        rest: rates.append(optimizer.param_groups[0]["lr"]) or step(d, optimizer, *rest))
-    cs.train(tiny.but(lr_end=0.1, epoch_images=16 * 10, lr_g=1e-3, lr_d=1e-3), toys, progress=False)
-    assert rates == pytest.approx([1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 10))) for k in range(10)])
-    rates.clear()
-    cs.train(tiny, toys, progress=False)
-    assert set(rates) == {tiny.lr_g}
-
-
-def test_augmentation_is_of_real_and_generated_images_in_both_steps(tiny, toys, monkeypatch):
-    made, seen = [], []
-    monkeypatch.setattr(cs, "diff_augment", lambda images, *rest: made.append(images * 1) or made[-1])
-    for name in ("d_step", "g_step"):
-        step = getattr(cs, name)
-        monkeypatch.setattr(cs, name, lambda d, optimizer, real, fake, *rest, step=step: (
-            seen.append(real is made[-2] and fake is made[-1]) or step(d, optimizer, real, fake, *rest)))
-    cs.train(tiny.but(augment=True), toys, progress=False)
-    assert len(made) == 4 and seen == [True] * 4
-
-
-@pytest.mark.parametrize("head", ["tanh", "sigmoid"])
-def test_augmentation_changes_images_and_lets_gradients_through(tiny, toys, head):
-    config = tiny.but(head=head, image_size=16)
-    images = cs.to_network(toys[:64], config).requires_grad_()
-    first, again, other = (cs.diff_augment(images, config, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == images.shape
-    low, high = config.pixel_range
-    erased = (first - (low + high) / 2).abs().max(dim=1).values < 1e-6  # (N, S, S): grey, the middle of the range
-    assert (erased.flatten(1).sum(1) >= 3 * 3).all() and 0.1 < erased.float().mean() < 0.5
-    first.sum().backward()
-    assert (images.grad.flatten(1).abs().sum(1) > 0).all()
-    assert len({tuple(image) for image in erased.flatten(1).tolist()}) > 32  # each image has numbers of its own
-    even = cs.diff_augment(torch.full((64, 3, 16, 16), 0.3), config, torch.Generator().manual_seed(1))
-    assert len({round((image - (low + high) / 2).abs().max().item(), 4) for image in even}) > 32
-
-
-def test_augmentation_shifts_by_at_most_an_eighth(tiny):
-    config = tiny.but(image_size=64, head="tanh")
-    moved = cs.diff_augment(torch.full((400, 3, 64, 64), 0.9), config, torch.Generator().manual_seed(0))
-    empty = moved.abs().amax(dim=1) < 1e-6                               # (400, 64, 64): shifted in, or cut out
-    for lines in (empty.all(dim=2), empty.all(dim=1)):
-        counts = lines.sum(dim=1)
-        assert counts.max() == 8 and counts.min() == 0 and not lines[:, 8:-8].any()
-
-
-def test_flip_mirrors_every_second_real_image_and_no_generated_one(tiny, toys, monkeypatch):
-    seen, step = [], cs.d_step
-    monkeypatch.setattr(cs, "d_step", lambda d, o, real, fake, *rest: seen.append((real, fake)) or step(d, o, real, fake, *rest))
-    config = tiny.but(flip=True, epoch_images=256)
-    cs.train(config, toys, progress=False)
-    mirrored = []
-    for k, (real, _) in enumerate(seen):
-        plain = toys[cs.batch_index(k, len(toys), config)]
-        for image, before in zip(cs.to_uint8(real, config), plain):
-            mirrored.append(torch.equal(image, before.flip(2)))
-            assert mirrored[-1] or torch.equal(image, before)
-    assert len(mirrored) == 256 and 90 < sum(mirrored) < 166
-
-
-@pytest.mark.parametrize("loss", [cs.bce, cs.bce_logits])
-def test_loss_values(loss):
-    assert loss(torch.zeros(4), 1).item() == pytest.approx(math.log(2))
-    assert loss(torch.tensor([2.0, -1.0]), 0.9).item() == pytest.approx(
-        sum(-0.9 * math.log(p) - 0.1 * math.log(1 - p) for p in (1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1)))) / 2)
-
+@pytest.mark.parametrize("loss", cs.D_LOSSES)
+@pytest.mark.parametrize("s", [0.0, 0.1])
+def test_losses_of_the_steps_are_the_formulas(tiny, toys, loss, s):
+    config = tiny.but(block_norm="both", loss=loss, label_smoothing=s, init="he")
+    generator, d, real, fake = networks(config, toys)
+    a, b = d(real).double(), d(fake).double()
+    p, q = a.sigmoid(), b.sigmoid()
+    d_formula = -((1 - s) * p.log() + s * (1 - p).log()).mean() - (1 - q).log().mean()
+    g_formula = -q.log().mean()
+    if loss == "relativistic":
+        d_formula, g_formula = -(a - b).sigmoid().log().mean(), -(b - a).sigmoid().log().mean()
+    stats = cs.d_step(d, still(d), real, fake, config)
+    assert stats.tolist() == pytest.approx([x.item() for x in (d_formula, a.mean(), b.mean(), 0 * p[0])],
+                                           rel=1e-4, abs=1e-5)
+    assert cs.g_step(d, still(generator), real, fake, config).item() == pytest.approx(g_formula.item())
 
 def test_equilibrium_is_the_best_constant_answer(tiny):
-    for smoothing in (0.0, 0.1, 0.3):
-        config = tiny.but(label_smoothing=smoothing, loss="bce_logits")
-        logits = torch.linspace(-3, 3, 6001)[:, None]
-        d_losses = [cs.bce_logits(x, 1 - smoothing) + cs.bce_logits(x, 0) for x in logits]
-        best = min(range(len(d_losses)), key=lambda k: d_losses[k])
-        d_loss, g_loss = cs.equilibrium(config)
+    logits = torch.linspace(-3, 3, 6001)[:, None]
+    for s in (0.0, 0.1, 0.3):
+        d_losses = [cs.bce_logits(x, 1 - s) + cs.bce_logits(x, 0) for x in logits]
+        best = min(range(len(logits)), key=d_losses.__getitem__)
+        d_loss, g_loss = cs.equilibrium(tiny.but(label_smoothing=s))
         assert d_loss == pytest.approx(d_losses[best].item(), abs=1e-4)
         assert g_loss == pytest.approx(cs.bce_logits(logits[best], 1).item(), abs=1e-3)
     assert cs.equilibrium(tiny) == pytest.approx((2 * math.log(2), math.log(2)))
+    assert cs.equilibrium(tiny.but(loss="relativistic")) == pytest.approx((math.log(2), math.log(2)))
 
+def test_penalty_is_the_squared_slope_by_differences(paired, toys):
+    _, d, real, fake = networks(paired, toys)
+    exact, slopes = copy.deepcopy(d).double(), []
+    steps = 1e-4 * torch.eye(768, dtype=torch.double).view(768, 3, 16, 16)
+    with torch.no_grad():
+        for image in (*real[:4].double(), *fake[:4].double()):
+            slope = (exact(image + steps) - exact(image - steps)) / 2e-4  # (768,)
+            slopes.append(slope.square().sum().item())
+    penalties = []
+    for images in (real[:4], fake[:4].detach()):
+        images.requires_grad_()
+        penalties += cs.gradient_penalty(d(images), images).tolist()
+    assert penalties == pytest.approx(slopes, rel=1e-3)
+    stats = cs.d_step(d, still(d), real[:4], fake[:4], paired)
+    assert stats[3].item() == pytest.approx(3 / 2 * sum(slopes[:4]) / 4 + 5 / 2 * sum(slopes[4:]) / 4, rel=1e-3)
 
-def test_seed_reproduces_and_global_state_does_not_matter(tiny, toys):
-    torch.manual_seed(1)
-    first = cs.train(tiny, toys, progress=False)
-    torch.manual_seed(2)
-    torch.rand(5)
-    second, other = cs.train(tiny, toys, progress=False), cs.train(tiny.but(seed=1), toys, progress=False)
-    assert without_seconds(first.history) == without_seconds(second.history)
-    assert same(snapshot(first.generator), second.generator)
-    assert without_seconds(first.history) != without_seconds(other.history)
-    assert torch.equal(cs.sample(first, 5, seed=1), cs.sample(second, 5, seed=1))
-    assert not torch.equal(cs.sample(first, 5, seed=1), cs.sample(first, 5, seed=2))
+def test_d_learns_from_the_penalty_by_differences(paired, toys):
+    """The second derivative: how the penalty changes when a weight of D does."""
+    d, images = cs.Discriminator(paired).double(), cs.to_network(toys[:4], paired).double()
+    images.requires_grad_()
+    weights = [p for p in d.parameters() if p.dim() > 1]
+    gradients = torch.autograd.grad(cs.gradient_penalty(d(images), images).mean(), weights)
+    for weight, gradient in zip(weights, gradients):
+        place, found = gradient.abs().argmax(), []
+        for step in (1e-6, -2e-6):
+            weight.data.view(-1)[place] += step
+            found.append(cs.gradient_penalty(d(images), images).mean().item())
+        weight.data.view(-1)[place] += 1e-6
+        slope = (found[0] - found[1]) / 2e-6
+        assert slope == pytest.approx(gradient.flatten()[place].item(), rel=1e-3)
 
+@pytest.mark.parametrize("loss, s", [("relativistic", 0.0), ("bce", 0.0), ("bce_logits", 0.2)])
+@pytest.mark.parametrize("r1, r2", [(3.0, 5.0), (2.0, 0.0), (0.0, 2.0)])
+@pytest.mark.parametrize("size", [16, 32])
+def test_linear_step_is_the_double_backward(paired, loss, s, r1, r2, size):
+    config = paired.but(loss=loss, label_smoothing=s, r1=r1, r2=r2, image_size=size, d_wider=2)
+    d, found = cs.Discriminator(config).double(), []
+    random = torch.Generator().manual_seed(1)
+    for p in d.parameters():  # biases are 0 at first, and would hide that v is sent without them
+        p.data.add_(0.3 * torch.randn(p.shape, generator=random, dtype=torch.double) * (p.dim() == 1))
+    real, fake = torch.rand(2, 6, 3, size, size, generator=random, dtype=torch.double)
+    for step in (cs.d_step, cs.d_step_linear):
+        stats = step(d, still(d), real, fake, config)
+        found.append([stats, *(p.grad.clone() for p in d.parameters())])
+    assert found[0][0][3] > 0
+    for plain, linear in zip(*found):
+        assert torch.allclose(plain, linear, rtol=1e-5, atol=1e-5 * plain.abs().max())
 
-def test_history_and_snapshots(tiny, toys):
-    run = cs.train(tiny.but(epochs=3, epoch_images=64), toys, progress=False)
-    assert [r["step"] for r in run.history] == list(range(1, 13)) and run.history[-1]["epoch"] == 3
-    assert {"step", "epoch", "images", "seconds", "d_loss", "g_loss", "penalty", "d_real", "d_fake"} == set(run.history[0])
-    assert [r["epoch"] for r in run.history if "diversity" in r] == [1, 2, 3]
-    assert [seen for seen, _ in run.snapshots] == [64, 128, 192]
-    assert run.snapshots[0][1].shape == (36, 3, 16, 16) and run.snapshots[0][1].dtype == torch.uint8
-    assert not torch.equal(run.snapshots[0][1], run.snapshots[-1][1])
-    samples = cs.sample(run, 256, seed=0)
-    assert torch.equal(run.snapshots[-1][1], samples[:36])
-    assert run.history[-1]["diversity"] == cs.diversity(toys, samples)
+def test_linear_step_is_taken_where_it_is_exact(paired, toys):
+    for config, step in ((paired, cs.d_step_linear), (paired.but(r1=0.0), cs.d_step_linear),
+                         (paired.but(d_norm=True), cs.d_step), (paired.but(r1=0.0, r2=0.0), cs.d_step)):
+        assert cs.Training(config, toys, CPU).d_step is step
 
+# ---- the two steps
 
-def test_alarm_and_slopes_leave_the_training_alone(tiny, toys, monkeypatch):
-    with_them = cs.train(tiny.but(epochs=3), toys, progress=False)
-    monkeypatch.setattr(cs.Training, "check_up", lambda self: None)
-    assert same(snapshot(with_them.generator), cs.train(tiny.but(epochs=3), toys, progress=False).generator)
+@pytest.mark.parametrize("kind", ["bce", "double", "linear"])
+@pytest.mark.parametrize("learner", ["d", "g"])
+def test_a_step_moves_its_own_network_and_leaves_the_other_alone(tiny, paired, toys, kind, learner):
+    config = (tiny if kind == "bce" else paired).but(block_norm="both")
+    generator, d, real, fake = networks(config, toys)
+    moved, kept = (d, generator) if learner == "d" else (generator, d)
+    step = cs.g_step if learner == "g" else cs.d_step_linear if kind == "linear" else cs.d_step
+    before, optimizer, losses = (state(d), state(generator)), cs.adam(moved, config, 1e-3), []
+    for _ in range(6):
+        losses.append(step(d, optimizer, real, fake, config).flatten()[0])
+        assert not real.requires_grad and all(p.grad is None for p in kept.parameters())
+        assert same(before[learner == "d"], kept) and not same(before[learner == "g"], moved)
+        if learner == "g":
+            fake = generator(torch.randn(16, 8, generator=torch.Generator().manual_seed(9)))
+            before = before[0], state(generator)  # its BatchNorm counts every batch that it makes
+    assert losses[-1] < losses[0]
+    fake.sum().backward()  # what G made is still there for G's step
 
+def test_batchnorm_of_g_counts_every_step_once(tiny, toys):
+    training = cs.Training(tiny.but(block_norm="both"), toys, CPU)
+    for _ in range(3):
+        training.advance()
+    norms = [m for m in training.generator.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.num_batches_tracked == 3 and m.running_mean.any() for m in norms)
 
-def test_alarm_rings_on_collapse(tiny, toys):
-    """An untrained network of the plain architecture makes one grey of every z; its alarm reads next to nothing."""
-    run = cs.train(tiny.but(lr_g=0.0), toys, progress=False)
-    assert run.history[-1]["diversity"] < 0.05
+def test_short_training_learns():
+    images, held_out = cs.toy_faces(512, 16), cs.toy_faces(128, 16, seed=1)
+    config = cs.CONVERGED.but(image_size=16, width=16, batch_size=16, epochs=1, epoch_images=16 * 150,
+                              ema_images=0)
+    training, read = cs.Training(config, images, CPU), []
+    run = cs.Run(config, [], training.generator, [], {})
+    for steps in (0, 150):
+        for _ in range(steps):
+            training.advance()
+        samples = cs.sample(run, 128)
+        read.append((cs.sliced_wasserstein(held_out, samples)["avg"], cs.diversity(held_out, samples)))
+    print(read)
+    assert read[1][0] < 0.7 * read[0][0] and read[1][1] > 0.2
 
+# ---- what a step sees
 
-def test_every_epoch_ends_with_a_record(tiny, toys):
-    run = cs.train(tiny.but(epochs=7, epoch_images=16 * 31), toys, progress=False)  # 217 steps in some 200 windows
-    ends = [r["step"] for r in run.history if "diversity" in r]
-    assert ends == [31 * k for k in range(1, 8)] and len(run.snapshots) == 7
+def test_every_image_is_seen_once_in_a_turn_and_in_another_order_in_the_next(tiny):
+    n = 16 * 16 + 5  # the last five wait for another turn
+    turns = [torch.cat([cs.batch_index(16 * turn + k, n, tiny) for k in range(16)]) for turn in range(3)]
+    assert all(len(set(turn.tolist())) == 256 and turn.max() < n for turn in turns)
+    assert not torch.equal(turns[0], turns[1]) and not torch.equal(turns[1], turns[2])
+    other = torch.cat([cs.batch_index(k, n, tiny.but(seed=1)) for k in range(16)])
+    assert not any(torch.equal(other, turn) for turn in turns)
+    assert torch.equal(turns[1][:16], cs.batch_index(16, n, tiny))  # a function of the step alone
 
+def test_steps_see_the_images_of_their_index_mirrored_every_second_time(tiny, toys, monkeypatch):
+    for flip, low, high in ((False, 0, 0), (True, 90, 166)):
+        config, seen = tiny.but(flip=flip), watched(monkeypatch, "g_step")
+        training, mirrored = cs.Training(config, toys, CPU), []
+        for k in range(16):
+            training.advance()
+            plain = toys[cs.batch_index(k, len(toys), config)]
+            for image, before in zip(cs.to_uint8(seen[k][2], config), plain):
+                mirrored.append(torch.equal(image, before.flip(2)))
+                assert mirrored[-1] or torch.equal(image, before)
+        assert len(mirrored) == 256 and low <= sum(mirrored) <= high
 
-def test_history_windows_are_means_over_all_steps(tiny, toys, monkeypatch):
-    seen = []
-    step = cs.d_step
-    monkeypatch.setattr(cs, "d_step", lambda *args: seen.append(step(*args)) or seen[-1])
-    run = cs.train(tiny.but(epochs=2, epoch_images=16 * 205), toys, progress=False)  # 410 steps, 200 windows
-    steps = [0] + [r["step"] for r in run.history]
-    assert len(run.history) == 200 and steps[-1] == 410
-    for start, end, record in zip(steps, steps[1:], run.history):
-        assert record["d_loss"] == pytest.approx(torch.stack(seen[start:end])[:, 0].mean().item(), rel=1e-4)
-
-
-def test_batches_show_every_image_once_before_any_again(tiny):
-    passes = [torch.cat([cs.batch_index(16 * turn + k, 256, tiny) for k in range(16)]) for turn in range(2)]
-    assert all(sorted(order.tolist()) == list(range(256)) for order in passes)
-    assert not torch.equal(*passes) and not torch.equal(passes[0][:16], cs.batch_index(0, 256, tiny.but(seed=1)))
-    assert {len(cs.batch_index(k, 40, tiny)) for k in range(9)} == {16}
-
-
-def test_a_step_trains_on_the_images_of_its_index(tiny, toys, monkeypatch):
-    seen, step = [], cs.d_step
-    monkeypatch.setattr(cs, "d_step", lambda d, optimizer, real, *rest: seen.append(real) or step(d, optimizer, real, *rest))
-    cs.train(tiny, toys, progress=False)
-    for k, real in enumerate(seen):
-        assert torch.equal(cs.to_uint8(real, tiny), toys[cs.batch_index(k, len(toys), tiny)])
-
-
-@pytest.mark.parametrize("head", ["tanh", "sigmoid"])
-def test_pixel_range_there_and_back(tiny, head):
+@pytest.mark.parametrize("head", ["tanh", "sigmoid", "relu"])
+def test_pixels_there_and_back(tiny, head):
     config = tiny.but(head=head)
-    every_level = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    images = cs.to_network(every_level, config)
-    low, high = config.pixel_range
-    assert images.min().item() == pytest.approx(low) and images.max().item() == pytest.approx(high)
-    assert torch.equal(cs.to_uint8(images, config), every_level)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    images = cs.to_network(levels, config)
+    assert (images.min(), images.max()) == pytest.approx((-1 if head == "tanh" else 0, 1))
+    assert torch.equal(cs.to_uint8(images, config), levels)
     assert cs.to_uint8(torch.tensor([[-9.0, 9.0]]), config).tolist() == [[0, 255]]
 
+def test_training_follows_its_seed_and_leaves_the_callers_numbers_alone(tiny, toys):
+    found = []
+    for seed, other in ((0, 0), (0, 1), (1, 0)):
+        training = cs.Training(tiny.but(seed=seed), toys, CPU)
+        torch.manual_seed(other)
+        before = torch.get_rng_state()
+        training.advance()
+        assert torch.equal(before, torch.get_rng_state())
+        found.append(training.sums.tolist())
+    assert found[0] == found[1] != found[2]
 
-def test_lazy_d_learns_in_every_second_step(tiny, toys, monkeypatch):
-    calls = []
-    step = cs.d_step
-    monkeypatch.setattr(cs, "d_step", lambda *args: calls.append(1) or step(*args))
-    run = cs.train(tiny.but(d_every=2, epoch_images=96), toys, progress=False)
-    assert len(calls) == 3
-    assert [r["d_loss"] for r in run.history[::2]] == [r["d_loss"] for r in run.history[1::2]]
-    assert all(r["d_loss"] > 0 for r in run.history)
+def test_lazy_d_learns_in_every_second_step_and_records_are_means(tiny, toys, monkeypatch):
+    training = cs.Training(tiny.but(d_every=2), toys, CPU)
+    d_calls, stats, g_losses = 0, [], []
+    for _ in range(5):
+        before = state(training.discriminator)
+        training.advance()
+        d_calls += not same(before, training.discriminator)
+        stats.append(training.d_stats.clone())
+        g_losses.append(training.sums[4].item() - sum(g_losses))
+    record = training.record()
+    assert d_calls == 3 and torch.equal(stats[0], stats[1]) and not torch.equal(stats[1], stats[2])
+    expected = [*torch.stack(stats).mean(0).tolist(), sum(g_losses) / 5]
+    assert [record[key] for key in ("d_loss", "d_real", "d_fake", "penalty", "g_loss")] == (
+        pytest.approx(expected, rel=1e-5))
+    assert (record["step"], record["images"], record["epoch"]) == (5, 80, 2.5)
+    training.advance()
+    assert training.record()["g_loss"] != record["g_loss"] and len(training.history) == 2
 
+# ---- rates and means
 
-def test_weight_decay_shrinks_weights(tiny, toys):
-    def size(run):
-        return sum(p.square().sum() for p in run.generator.parameters())
+def test_running_mean_forgets_half_in_its_half_life(tiny, toys):
+    config, means = tiny.but(block_norm="both", ema_images=64), []
+    network = cs.Generator(config)
+    for step, times in ((10**6, 4), (5, 1), (20, 1)):  # early on, a tenth of the images is the half-life
+        mean = copy.deepcopy(network)
+        for value in mean.state_dict().values():
+            value.zero_()
+        for _ in range(times):
+            cs.update_ema(mean, network, config, step)
+        means.append([(a / b).mean().item() for a, b in zip(mean.parameters(), network.parameters()) if b.all()])
+    assert means[0] and means == [pytest.approx([x] * len(means[0])) for x in (0.5, 0.75, 1 - 0.5**0.5)]
+    trained = [cs.Training(config.but(ema_images=h), toys, CPU) for h in (64, 0)]
+    for training in trained:
+        for _ in range(3):
+            training.advance()
+    assert same(state(trained[0].generator), trained[1].generator)  # it changes nothing in the training
+    kept = trained[0].kept.state_dict()
+    assert not torch.equal(kept["to_rgb.0.weight"], trained[0].generator.state_dict()["to_rgb.0.weight"])
+    assert kept["stem.left.1.running_mean"].any() and kept["stem.left.1.num_batches_tracked"] == 3
 
-    assert size(cs.train(tiny.but(weight_decay=1.0), toys, progress=False)) < size(cs.train(tiny, toys, progress=False))
+def test_rates_fall_on_a_half_cosine(tiny, toys):
+    for lr_end in (0.1, 1.0):
+        config = tiny.but(lr_end=lr_end, epoch_images=160, lr_g=1e-3, lr_d=2e-3, lr_width=8)
+        training = cs.Training(config, toys, CPU)
+        for k in range(10):
+            training.advance()
+            fall = lr_end + (1 - lr_end) * (1 + math.cos(math.pi * k / 10)) / 2
+            for optimizer, lr in ((training.opt_g, 1e-3), (training.opt_d, 2e-3)):
+                rates = sorted(group["lr"] for group in optimizer.param_groups)
+                assert rates == pytest.approx([lr * fall / 2**cs.WIDTH_EXPONENT, lr * fall])
 
+def test_l2_is_added_to_the_gradient_and_betas_are_the_configs(tiny):
+    config = tiny.but(weight_decay=0.01, beta1=0.3, beta2=0.7)
+    network = cs.Generator(config)
+    optimizer, before = cs.adam(network, config, 1e-3), [p.clone() for p in network.parameters()]
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, old in zip(network.parameters(), before):  # Adam's first step is the sign; AdamW's is not
+        assert torch.allclose(old - p, 1e-3 * old.sign(), atol=1e-5)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.3, 0.7)}
 
-@pytest.mark.parametrize("images, words", [
-    (torch.zeros(64, 3, 16, 16), ["torch.float32", "uint8"]),
-    (torch.zeros(64, 3, 32, 32, dtype=torch.uint8), ["(64, 3, 32, 32)", "load_faces(source, 16)"]),
-    (torch.zeros(64, 16, 16, dtype=torch.uint8), ["(64, 16, 16)"]),
-    (torch.zeros(7, 3, 16, 16, dtype=torch.uint8), ["7 images", "batch_size"]),
-])
-def test_unusable_images_are_named(tiny, images, words):
-    with pytest.raises(ValueError) as error:
-        cs.train(tiny, images)
-    assert all(word in str(error.value) for word in words)
+# ---- the width rule
 
+READ_Z_OR_RGB = {"cspup_first": {"stem.left.0", "stem.right.0", "stem.right.2"},
+                 "deconv_first": {"stem"}, "cspup_last": {"stem"}}
 
-def test_short_training_learns(toys):
-    """400 steps at 16 px bring the samples nearer to the faces, by more than the floor's size, and make them differ."""
-    images = cs.toy_faces(1024, 16)
-    config = cs.PRESETS["h1_bn_leaky"].but(image_size=16, width=32, batch_size=16, epochs=1, epoch_images=16 * 400)
-    train_on, held_out = cs.hold_out(images, 0.25)
-    reference = cs.floor(held_out, train_on)
-    trained = cs.train(config, train_on, progress=False)
-    start = cs.Run(config, trained.history, cs.Generator(config), [], {})
-    before, after = (cs.evaluate(run, held_out, reference=reference) for run in (start, trained))
-    assert after["swd"]["avg"] < before["swd"]["avg"] - reference["swd_floor"]["avg"]
-    assert after["diversity"] > 0.2 > before["diversity"]
+@pytest.mark.parametrize("ladder", cs.LADDERS)
+@pytest.mark.parametrize("make", [cs.Generator, cs.DCGANGenerator, cs.Discriminator])
+def test_weights_whose_inputs_grow_with_the_width_learn_more_slowly(ladder, make):
+    config = cs.BASELINE.but(image_size=32, width=64, ladder=ladder, lr_width=16)
+    fixed = {cs.Generator: READ_Z_OR_RGB[ladder], cs.Discriminator: {"features.0"},
+             cs.DCGANGenerator: {"stem.0"} if ladder == "cspup_first" else {"stem"}}[make]
+    network = make(config)
+    names = {id(p): name for name, p in network.named_parameters()}
+    for lr_width, slow in ((16, 1e-3 / 4**cs.WIDTH_EXPONENT), (64, 1e-3), (0, 1e-3)):
+        optimizer = cs.adam(network, config.but(lr_width=lr_width), 1e-3)
+        rates = [(names[id(p)], group["lr"]) for group in optimizer.param_groups for p in group["params"]]
+        assert len(rates) == len(names) == len(dict(rates))
+        for name, rate in rates:
+            full = names and name.removesuffix(".weight") in fixed or network.get_parameter(name).dim() == 1
+            assert rate == pytest.approx(1e-3 if full else slow), name
+
+def growth(toys, kind, lr_width):
+    """{hidden layer: exponent by which its change after one step grows with the width}."""
+    changes = []
+    for width in (32, 256):
+        config = cs.CONVERGED.but(image_size=16, width=width, batch_size=16, lr_width=lr_width,
+                                  lr_g=2e-3, lr_d=2e-3)
+        training, outputs = cs.Training(config, toys, CPU), {}
+        network = getattr(training, kind)
+        x = cs.to_network(toys[:16], config)
+        if kind == "generator":
+            x = torch.randn(16, config.z_dim, generator=torch.Generator().manual_seed(1))
+        for name, layer in network.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer.in_channels > 16:
+                layer.register_forward_hook(lambda m, i, y, name=name: outputs.update({name: y.detach()}))
+        network(x)
+        before = dict(outputs)
+        training.advance()
+        network(x)
+        changes.append({name: (y - before[name]).abs().mean().item() for name, y in outputs.items()})
+    return {name: math.log(changes[1][name] / changes[0][name]) / math.log(8) for name in changes[0]}
