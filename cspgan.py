@@ -78,19 +78,21 @@ class Config:
         least = {"z_dim": 2, "width": 2, "batch_size": 2, "d_wider": 1, "epochs": 1, "d_every": 1,
                  "epoch_images": self.batch_size}
         most = {"lr_end": 1, "label_smoothing": 0.99, "beta1": 0.9999, "beta2": 0.999999,
-                "seed": 2**28, "d_fewer": int(math.log2(max(self.image_size, 8))) - 3}
+                "seed": 2**28, "d_fewer": [*SIZES, self.image_size].index(self.image_size) + 1}
+        real = [name for name, kind in type(self).__annotations__.items() if kind == "float"]
         for name, value in vars(self).copy().items():
-            is_real = "float" in type(self).__annotations__[name]
             if name in choices:
-                good, wish = value in list(choices[name]), f"one of {list(choices[name])}"
-            elif value is not None or name != "epoch_images":
-                low, high = least.get(name, 0), most.get(name, math.inf)
+                legal, wish = list(choices[name]), f"one of {list(choices[name])}"
+                good = value in legal
+                plain = legal[legal.index(value)] if good else value
+            elif name != "epoch_images" or value is not None:
+                low, high, is_real = least.get(name, 0), most.get(name, math.inf), name in real
                 good = isinstance(value, numbers.Real if is_real else numbers.Integral)
-                good = good and not isinstance(value, bool) and low <= value <= high
+                good = good and not isinstance(value, bool) and math.inf > value >= low and value <= high
+                plain = (float if is_real else int)(value) if good else value
                 wish = f"a {'' if is_real else 'whole '}number from {low} to {high}"
-                if good:  # NumPy's numbers would not go into JSON
-                    object.__setattr__(self, name, float(value) if is_real else int(value))
             need(good, f"{name}={value!r}: expected {wish}")
+            object.__setattr__(self, name, value if value is None else plain)  # no NumPy number
     def but(self, **changes: Any) -> Config:
         """The same config with some fields changed: one experiment is one call."""
         names = [field.name for field in dataclasses.fields(self)]
@@ -189,7 +191,7 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
         return Faces(given, SIZES[0]).source  # or its error: nothing takes the place of this
     depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "competitions": 2}  # of mounts, else 1
     for place in filter(Path.is_dir, map(Path, places)):
-        counts, files = Counter(), Faces(place, SIZES[0])  # type: ignore[var-annotated]
+        counts, files = Counter(), Faces(place, SIZES[0])
         for name in files.names:
             parts = os.path.dirname(name).split(os.sep)
             depth = depths.get(parts[0], 1)
@@ -199,8 +201,9 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
         for path in [*place.rglob("*.[zZ][iI][pP]"), *filter(os.path.islink, place.iterdir())]:
             with contextlib.suppress(OSError, ValueError):  # half a download
                 counts[path] = len(Faces(path, SIZES[0]))
+                files.passed_over[".zip"] -= path.is_file()
         found = sorted(+counts, key=lambda p: (p.name != "img_align_celeba", -counts[p], p))
-        if over := {str(path): counts[path] for path in found[1:]} | files.passed_over:
+        if over := {str(path): counts[path] for path in found[1:]} | +files.passed_over:
             print(f"{place}: passed over {over} (archives must be unpacked, or zips).")
         if found:
             print(f"Images: {found[0]} ({counts[found[0]]:,}).")
@@ -209,7 +212,7 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
 
 def load_faces(source: str | Path | None, size: int, cache_dir: str | Path = CACHE_DIR) -> Tensor:
     """All images of a folder or zip (None: 4,096 procedural faces), uint8 (N, 3, size, size),
-    decoded once, memory-mapped, those last that `hold_out` holds out. What is unreadable is named."""
+    decoded once, memory-mapped, those last that `hold_out` holds out. Names what it cannot read."""
     if source is None:
         return toy_faces(4096, size)
     faces, folder = Faces(source, size), Path(cache_dir).expanduser()
@@ -238,7 +241,7 @@ def decode_all(faces: Faces, file: IO[bytes]) -> None:
             return faces[i].numpy().tobytes()
         except ValueError as error:  # it must not cost the other 200,000
             return str(error).removeprefix(f"{faces.source}/")
-    damaged, held, keys = [], [], Counter()  # type: ignore[var-annotated]
+    damaged, held, keys = [], [], Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(faces), "decoding") as bar:
         for start in range(0, len(faces), 512):  # bounds the memory
             for image in pool.map(decode, range(len(faces))[start : start + 512]):
@@ -305,7 +308,8 @@ class CSPup(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, act: Callable[[], nn.Module] = nn.ReLU,
                  norm: str = "none", deconv: tuple[int, int, int] = (4, 2, 1)) -> None:
         super().__init__()
-        assert in_channels > 1 and norm in ("none", "right", "both"), (in_channels, norm)
+        if in_channels < 2 or norm not in ("none", "right", "both"):
+            raise ValueError(f"in_channels={in_channels}, norm={norm!r}: expected 2 or more")
         left, right, out = in_channels // 2, in_channels - in_channels // 2, out_channels
         early: Any = nn.BatchNorm2d if norm != "none" else nn.Identity
         late: Any = nn.BatchNorm2d if norm == "both" else nn.Identity
@@ -349,7 +353,7 @@ class Generator(nn.Module):
         act: Any = ACTIVATIONS[self.config.block_act]
         return CSPup(in_channels, out_channels, act, self.config.block_norm, deconv)
     def forward(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, self.half, enabled=self.half is not None):
+        with torch.autocast(z.device.type, self.half) if self.half else contextlib.nullcontext():
             x = self.stem(z[:, :, None, None])                           # (N, width, 4, 4)
             x = self.blocks(x)                                           # (N, C, S/2, S/2)
         return self.to_rgb(x.float())  # half precision is coarser than a pixel: (N, 3, S, S)
@@ -377,9 +381,9 @@ class Discriminator(nn.Module):
         self.features = nn.Sequential(*layers)
         self.to_logit = nn.Conv2d(channels[-1], 1, config.image_size >> len(channels))
         initialise(self, config.init, 4 * config.seed + 1)
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.half, enabled=self.half is not None):
-            x = self.features(images)                                    # (N, d_wider width, 4, 4)
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.half) if self.half else contextlib.nullcontext():
+            x = self.features(x)                                         # (N, d_wider width, 4, 4)
             return self.to_logit(x).flatten().float()                    # (N,)
 GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
 
@@ -400,7 +404,7 @@ def initialise(network: nn.Module, init: str, seed: int) -> None:
         elif isinstance(layer, nn.BatchNorm2d) and init == "dcgan":
             nn.init.normal_(layer.weight, 1, 0.02, generator=random)
         if getattr(layer, "bias", None) is not None:
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)
 
 # ---------------------------------------------------------------------------------------- losses
 def bce(logits: Tensor, target: float) -> Tensor:
@@ -693,7 +697,7 @@ PRESETS = {  # every experiment, in the report's order
     "h3_rates": H1.but(lr_d=3e-4, lr_g=8e-4),
     "converged": CONVERGED}
 ABLATIONS = {f"without_{part}": CONVERGED.but(**change) for part, change in {
-    "pairs": {"loss": "bce_logits"}, "penalties": {"r1": 0.0, "r2": 0.0}, "wide_d": {"d_wider": 1},
+    "pairs": {"loss": "bce_logits"}, "penalties": {"r1": 0, "r2": 0}, "wide_d": {"d_wider": 1},
     "bn_in_g": {"block_norm": "none"}, "he": {"init": "dcgan"}, "flip": {"flip": False},
     "ema": {"ema_images": 0}}.items()}
 
@@ -839,7 +843,7 @@ SEEN: list[Any] = []  # in a process of `train_all`: the count of images that al
 def begin_work(gpu: int | None, seen: Any) -> None:
     """Set up a process of `train_all`."""
     def follow() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)  # saves the run in progress
     SEEN.append(seen)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
@@ -894,20 +898,22 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
                 stopping = True
                 for process in multiprocessing.active_children():
                     process.terminate()  # SIGTERM: it saves its run
+    for pool in pools.values():
+        pool.shutdown()
     if stops:
         raise KeyboardInterrupt(f"{stops[0]}: the same call goes on with the runs in progress")
     return reasons
 
 def write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new, never half."""
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.part", delete=False)
+    part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
-        with file:
-            write(file)  # type: ignore[arg-type]
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush(), os.fsync(file.fileno())
+        os.replace(part, path)
     finally:
-        Path(file.name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 @contextlib.contextmanager
 def stop_signals() -> Any:
@@ -941,7 +947,8 @@ def best_device() -> torch.device:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a number depends on beside the config."""
-    cpu, on_gpu = f"{torch.get_num_threads()} CPU cores", device.type == "cuda"
+    n, on_gpu = torch.get_num_threads(), device.type == "cuda"
+    cpu = f"{n} CPU core{'s' * (n > 1)}"
     return {"hardware": torch.cuda.get_device_name(device) if on_gpu else cpu,
             "torch": str(torch.__version__), "code": CODE, "date": time.strftime("%Y-%m-%d")}
 

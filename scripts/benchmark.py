@@ -12,8 +12,8 @@ run in one process, where the module's settings (cuDNN's benchmark, denormal num
 reference too, by turns in rounds of short blocks; the first round warms up. A figure is the median
 of the rounds, a ratio that of their ratios. share_of_peak: FLOPs of convolutions and products in
 all passes, over the best product of large matrices here in the same precision. side_by_side, on a
-CPU: two runs of converged in two processes with one thread each, until the later one ends, against
-one after the other with two threads.
+CPU: two runs of converged, one here and one in a second process, with one thread each, until the
+later one ends, against one after the other here with two threads.
 """
 import argparse
 import contextlib
@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import cspgan as cs  # noqa: E402
 
 FIELDS = ("image_size", "width", "batch_size", "files", "rounds", "block_s", "side_steps", "matrix")
-SIZES = {"quick": (16, 8, 16, 128, 2, 0.05, 2, 256), "cpu": (64, 64, 32, 1000, 5, 0.9, 60, 2048),
+SIZES = {"quick": (16, 8, 16, 128, 2, 0.01, 2, 256), "cpu": (64, 64, 32, 1000, 5, 0.9, 60, 2048),
          "cuda": (128, 1024, 128, 4000, 5, 0.9, 0, 8192)}
 MEASURES = ("end_to_end", "step")
 
@@ -82,9 +82,9 @@ class Reference:
         (d_loss + penalty).backward()
         self.opt_d.step()
         self.generator.zero_grad()
-        d_fake = self.discriminator(fake)                                # (N,)
-        g_loss = (F.softplus(self.discriminator(real) - d_fake).mean() if paired else
-                  bce(torch.sigmoid(d_fake), ones))
+        logits = self.discriminator(fake)                                # (N,)
+        g_loss = (F.softplus(self.discriminator(real) - logits).mean() if paired else
+                  bce(torch.sigmoid(logits), ones))
         g_loss.backward()
         self.opt_g.step()
         self.steps += 1
@@ -148,19 +148,20 @@ def measure_recipe(config, root, faces, setting, device):
                        "precision": str(precision), "repeats": len(rounds)}
     return found
 
-def train_seconds(config, faces):
+def train_seconds(config, faces, threads):
+    torch.set_num_threads(threads)
     return cs.train(config, torch.from_numpy(faces), progress=False).history[-1]["seconds"]
 
 def measure_side_by_side(config, faces, setting):
     """Images per second of two runs together, see the header."""
-    images, spawn = setting["side_steps"] * config.batch_size, multiprocessing.get_context("spawn")
-    configs = [config.but(seed=seed, epochs=1, epoch_images=images) for seed in (0, 1)]
-    work, in_turn, at_once = (configs, [faces.numpy()] * 2), [], []
-    torch.set_num_threads(2)
-    with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
+    images, data = setting["side_steps"] * config.batch_size, faces.numpy()
+    one, two = (config.but(seed=seed, epochs=1, epoch_images=images) for seed in (0, 1))
+    in_turn, at_once, spawn = [], [], multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as other:
         for _ in range(1 + setting["rounds"]):
-            in_turn.append(2 * images / sum(map(train_seconds, *work)))
-            at_once.append(2 * images / max(pool.map(train_seconds, *work)))
+            in_turn.append(2 * images / sum(train_seconds(mine, data, 2) for mine in (one, two)))
+            job = other.submit(train_seconds, two, data, 1)
+            at_once.append(2 * images / max(train_seconds(one, data, 1), job.result()))
     ratios = [b / a for a, b in zip(in_turn, at_once)][1:]  # the first round warmed up
     return {"images_per_second": {"one_after_the_other": median(in_turn[1:]),
                                   "side_by_side": median(at_once[1:])},
@@ -181,8 +182,7 @@ def show(result, file):
     for k, (name, rate, ratio) in enumerate(rows):
         print(f"{name:45}{rate:10,.0f} images/s{ratio:8.2f} x")
         ax.barh(places[k], rate, 0.9, color=("silver", "C0")[k % 2])
-        text = f" {rate:,.0f}" + f"   {ratio:.2f} x" * (k % 2)
-        ax.text(rate, places[k], text, va="center")
+        ax.text(rate, places[k], f" {rate:,.0f}" + f"   {ratio:.2f} x" * (k % 2), va="center")
     ax.set_yticks(places, [name for name, *_ in rows])
     ax.set(xlabel="images per second", xlim=(0, 1.3 * max(rate for _, rate, _ in rows)))
     ax.spines[["top", "right"]].set_visible(False)

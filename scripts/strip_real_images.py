@@ -1,15 +1,23 @@
-"""Empty the outputs of all cells tagged `real-images`: run before a notebook made with CelebA is committed.
+"""Make an executed notebook fit to be committed: run before it is, in place.
 
     python scripts/strip_real_images.py gan_hw.ipynb
-"""
 
+Cells tagged `real-images` lose their outputs (CelebA may not be passed on), and every cell its
+progress bars and timestamps.
+"""
 import sys
 
 import nbformat
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 for path in sys.argv[1:]:
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
         if "real-images" in cell.metadata.get("tags", []):
             cell.outputs = []  # nbconvert's own tag remover would take the execution count as well
+        elif cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})
+                            and output.get("name") != "stderr"]
     nbformat.write(notebook, path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_ablations_take_one_part_out_of_converged():
              "without_bn_in_g": {"block_norm": "none"}, "without_he": {"init": "dcgan"},
              "without_wide_d": {"d_wider": 1}, "without_flip": {"flip": False},
              "without_ema": {"ema_images": 0}}
-    assert list(cs.ABLATIONS) == list(parts)
+    assert cs.ABLATIONS.keys() == parts.keys()
     for name, change in parts.items():
         whole = dataclasses.asdict(PRESETS["converged"])
         assert dataclasses.asdict(cs.ABLATIONS[name]) == {**whole, **change}, name
@@ -85,7 +86,7 @@ def test_config_is_frozen_and_but_leaves_the_first_alone():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"lr_gg": 1}, ["lr_gg", "did you mean 'lr_g'"]),
+    ({"lr_gg": 1}, ["lr_gg", "expected one of ['lr_g']"]),
     ({"colour": 1}, ["colour", "image_size", "seed"]),
     ({"image_size": 100}, ["image_size=100", "16, 32, 64, 128, 256"]),
     ({"head": "softmax"}, ["head='softmax'", "'sigmoid', 'tanh', 'relu'"]),
@@ -142,18 +143,14 @@ def test_numpys_values_are_taken_and_stored_as_plain_ones():
 
 def test_gpu_that_is_listed_but_cannot_be_used_is_named_at_once(monkeypatch, capsys):
     """As a P100 under a PyTorch without kernels for it: the first operation fails."""
-    def no_kernel(*args):
+    def no_kernel(*args, **options):
         raise RuntimeError("no kernel image is available")
 
-    ones = torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "Tesla P100")
-    monkeypatch.setattr(torch, "ones", lambda *args, device=None: ones(*args))
-    monkeypatch.setattr(cs.F, "conv2d", no_kernel)
+    monkeypatch.setattr(torch, "ones", no_kernel)
     assert cs.best_device.__wrapped__() == torch.device("cpu")
     said = capsys.readouterr().out
-    assert "Tesla P100 is listed but cannot be used" in said and "no kernel image" in said
-    assert "T4" in said
+    assert "cannot be used" in said and "no kernel image" in said and "T4" in said
 
 
 @pytest.mark.parametrize("capability, half", [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16),
@@ -161,7 +158,8 @@ def test_gpu_that_is_listed_but_cannot_be_used_is_named_at_once(monkeypatch, cap
 def test_half_precision_is_asked_of_the_card_and_never_where_there_are_penalties(
         monkeypatch, capability, half):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(cs, "agreeing", lambda wanted, *rest: wanted)
+    agreeing = SimpleNamespace(advance=lambda: None, record=lambda: {"d_loss": 1.0, "g_loss": 1.0})
+    monkeypatch.setattr(cs, "Training", lambda *arguments: agreeing)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert cs.half_for(BASELINE, None, gpu) is half and cs.half_for(BASELINE, None, cpu) is None
     assert cs.half_for(BASELINE.but(r1=1.0), None, gpu) is None
