@@ -36,7 +36,7 @@ def test_staged_folder_has_the_module_in_its_first_cell_and_says_what_to_do(tmp_
 def test_push_calls_kaggles_own_command_or_says_that_it_is_missing(tmp_path):
     command = tmp_path / "bin" / "kaggle"
     command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\necho called $@\nexit 3\n")
+    command.write_text("#!/bin/sh\necho called $@\nexit 3\n")
     command.chmod(0o755)
     done, _ = staged(tmp_path / "a", "--push", path=f"{command.parent}:/bin:/usr/bin")
     assert f"called kernels push -p {tmp_path / 'a'}" in done.stdout and done.returncode == 3
