@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-# Where D has won, gradients sink below 1e-38, and a CPU convolution of such denormal numbers takes
-# 100 times as long (measured: 2258 against 23 ms). They are taken as 0.
+# A CPU convolution of denormal numbers, as where D has won, takes 100 times as long: they are 0.
 torch.set_flush_denormal(True)
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
@@ -113,9 +112,8 @@ class Config:
 # ------------------------------------------------------------------------------------------ data
 SIZES = (16, 32, 64, 128, 256)
 CACHE_DIR = Path.home() / ".cache" / "cspgan"  # Kaggle would keep 10 GB in the working folder
-HOW_TO_GET_FACES = (
-    "On Kaggle: 'Add input', jessicali9530/celeba-dataset. Elsewhere: set CSPGAN_DATA to a folder "
-    "or zip of images, or put one into data/. Without any: toy_faces(n, size).")
+HOW_TO_GET_FACES = ("On Kaggle add jessicali9530/celeba-dataset. Elsewhere: a folder or zip of "
+                    "images in CSPGAN_DATA or data/. Without any: toy_faces(n, size).")
 Image.init()
 FORMATS = [kind for kind in "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()
            if kind in Image.OPEN]  # of cameras, browsers and data sets; EPS would start Ghostscript
@@ -123,23 +121,25 @@ ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if k
 open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  # one a process
 
 class Faces(torch.utils.data.Dataset):
-    """The images of a folder (with its sub-folders) or a zip: [i] -> uint8 (3, size, size), for any
-    DataLoader. Each is the largest centred square, upright, on white, antialiased. A file without
-    an image's ending is one if its first bytes say so; passed_over counts the others. One that
-    cannot be read raises a ValueError: its name, what it is, what to do; `load_faces` skips it."""
+    """The images of a folder or zip, sub-folders too, for any DataLoader: [i] -> uint8 (3, size,
+    size), the largest centred square, upright, on white, antialiased; passed_over counts what is
+    no image. A file that cannot be read raises a ValueError: its name, what it is, what to do."""
     def __init__(self, source: str | Path, size: int) -> None:
         need(size in SIZES and isinstance(source, (str, os.PathLike)),
              f"source={source!r}, size={size!r}: expected a path, and one of {SIZES}")
-        self.source, self.size = Path(source).expanduser().resolve(), size
+        self.source, self.size = Path(os.path.realpath(os.path.expanduser(source))), int(size)
         self.passed_over: Counter[str] = Counter()
-        self.is_zip, start = zipfile.is_zipfile(self.source), len(str(self.source)) + 1
+        self.is_zip = self.source.is_file() and zipfile.is_zipfile(self.source)  # no pipe is opened
+        open_zip.cache_clear()  # another zip may lie there by now
         if not self.is_zip and not self.source.is_dir():
             raise FileNotFoundError(f"{self.source}: no folder, and no zip that can be read (other "
                                     f"archives must be unpacked). {HOW_TO_GET_FACES}")
         walk = os.walk(self.source, onerror=lambda _: self.passed_over.update(["closed folder"]))
         files = (open_zip(self.source, os.getpid()).namelist() if self.is_zip else
-                 [os.path.join(path, name)[start:] for path, _, names in walk for name in names])
-        shown = [name for name in files if "/." not in f"/{name}" and "__MACOSX/" not in name]
+                 [os.path.join(top, name)[len(str(self.source)) + 1 :] for top, dirs, names in walk
+                  for name in [*names, *(d for d in dirs if os.path.islink(f"{top}/{d}"))]])
+        shown = [name for name in files if "/." not in f"/{name.removeprefix('./')}" and
+                 "__MACOSX/" not in name]
         self.names = sorted(name for name in shown if name[-1] != "/" and self.is_image(name))
     def __len__(self) -> int:
         return len(self.names)
@@ -151,12 +151,14 @@ class Faces(torch.utils.data.Dataset):
         except Exception as error:  # whatever a damaged file raises
             why = f"{said(error).split(' <_io')[0]}, it begins with {data[:24]!r}"
             todo = "run 'git lfs pull'" if b"git-lfs" in data[:40] else "replace or remove it"
-            raise ValueError(f"{self.source}/{name} cannot be read ({why}): {todo}") from error
+            raise ValueError(f"{self.source}/{name!r} cannot be read ({why}): {todo}") from error
     def is_image(self, name: str) -> bool:
-        ending, start = os.path.splitext(name)[1].lower(), b""
+        ending = os.path.splitext(name)[1].lower()
+        found = ending in ENDINGS
         with contextlib.suppress(Exception):
-            start = b"" if ending in ENDINGS else self.read(name, 32)
-        found = ending in ENDINGS or any(Image.OPEN[kind][1](start) is True for kind in FORMATS)
+            start = b"" if found else self.read(name, 32)
+            if any(Image.OPEN[kind][1](start) is True for kind in FORMATS):  # as "BMI,age" has it
+                found = bool(Image.open(io.BytesIO(self.read(name)), formats=FORMATS))
         self.passed_over.update([] if found else [ending or "without ending"])
         return found
     def read(self, name: str, most: int = 256_000_000) -> bytes:
@@ -189,20 +191,24 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     `img_align_celeba`, or else most images. What is passed over is printed. None: `toy_faces`."""
     if given := os.environ.get("CSPGAN_DATA"):
         return Faces(given, SIZES[0]).source  # or its error: nothing takes the place of this
-    depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "competitions": 2}  # of mounts, else 1
+    depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "models": 3, "competitions": 2}  # or 1
     for place in filter(Path.is_dir, map(Path, places)):
-        counts, files = Counter(), Faces(place, SIZES[0])
+        counts, celeba, files = Counter(), set(), Faces(place, SIZES[0])
         for name in files.names:
             parts = os.path.dirname(name).split(os.sep)
             depth = depths.get(parts[0], 1)
             if "img_align_celeba" in parts:
                 depth = parts.index("img_align_celeba") + 1
+                celeba.add(place.joinpath(*parts[:depth]))
             counts[place.joinpath(*parts[:depth])] += 1
-        for path in [*place.rglob("*.[zZ][iI][pP]"), *filter(os.path.islink, place.iterdir())]:
+        for path in {*place.rglob("*.[zZ][iI][pP]"), *filter(os.path.islink, place.iterdir())}:
             with contextlib.suppress(OSError, ValueError):  # half a download
-                counts[path] = len(Faces(path, SIZES[0]))
-                files.passed_over[".zip"] -= path.is_file()
-        found = sorted(+counts, key=lambda p: (p.name != "img_align_celeba", -counts[p], p))
+                inside = Faces(path, SIZES[0])
+                if not files.source.is_relative_to(inside.source):  # a link that goes round
+                    counts[path] = len(inside)
+                    celeba.update(path for name in inside.names if "img_align_celeba/" in name)
+                files.passed_over[".zip"] -= path.is_file() and counts[path] > 0
+        found = sorted(+counts, key=lambda p: (p not in celeba, -counts[p], p))
         if over := {str(path): counts[path] for path in found[1:]} | +files.passed_over:
             print(f"{place}: passed over {over} (archives must be unpacked, or zips).")
         if found:
@@ -232,7 +238,7 @@ def load_faces(source: str | Path | None, size: int, cache_dir: str | Path = CAC
         print(f"Decoding {len(faces):,} images of {faces.source} ({passed}).")
         write_aside(cache, lambda file: decode_all(faces, file))
     pixels = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)
-    return pixels.view(-1, 3, size, size)
+    return pixels.view(-1, 3, faces.size, faces.size)
 
 def decode_all(faces: Faces, file: IO[bytes]) -> None:
     """Write the pixels of all images, held-out ones last, on all cores: Pillow lets threads run."""
@@ -264,6 +270,8 @@ def content_key(image: Any) -> float:
 def hold_out(images: Tensor, share: float = 0.1) -> tuple[Tensor, Tensor]:
     """(images to train on, the rest, to measure on), views of what `load_faces` made, or copies. An
     image's content alone decides: it stays on its side when others come, and so do its copies."""
+    need(isinstance(images, Tensor) and isinstance(share, numbers.Real),
+         f"images={images!r:.80}, share={share!r}: expected what load_faces gives, and a number")
     keys = np.array([content_key(image) for image in images.cpu().contiguous().numpy()])
     held = torch.from_numpy((keys < share) | (keys == keys.min(initial=1)))  # (N,), one at least
     n = int((~held).sum())
@@ -273,8 +281,9 @@ def hold_out(images: Tensor, share: float = 0.1) -> tuple[Tensor, Tensor]:
 
 def toy_faces(n: int, size: int, seed: int = 0) -> Tensor:
     """Procedural faces, uint8 (n, 3, size, size); a smaller n gives the first of the same faces."""
-    need(n > 0 and size in SIZES, f"n={n}, size={size}: expected 1 or more, and one of {SIZES}")
-    faces = np.empty((n, 3, size, size), dtype=np.uint8)
+    need(isinstance(n, numbers.Integral) and n > 0 and size in SIZES,
+         f"n={n!r}, size={size!r}: expected 1 or more, and one of {SIZES}")
+    faces = np.empty((n, 3, size := int(size), size), dtype=np.uint8)
     for i in range(n):
         u = np.random.default_rng((seed, i)).random(13)
         ground, skin, hair, lips, iris, dress = (tuple(int(v) for v in colour) for colour in (
@@ -732,12 +741,11 @@ def train(config: Config, images: Tensor, run_dir: Any = None, progress: Any = T
           on_epoch: Any = None, time_budget: float = math.inf, save_every: float = 600) -> Run:
     """Train one generator on images, uint8 (N, 3, S, S). run_dir: where the run lives, see `begin`.
     The history has a record for each of some 200 windows, with means over it: step, epoch, images,
-    seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits). That of an epoch's end also
-    has what on_epoch(run) returns, and diversity, see `Training.check_up`. progress: a bar, none,
-    or a function that is told the images of every step. After time_budget (hours), Ctrl-C,
-    'Interrupt kernel' or SIGTERM the run is saved and returned, and the same call goes on with it,
-    bit for bit on a CPU; after a crash, from save_every seconds before at most. A loss that is not
-    finite ends it: see `Run.stopped`."""
+    seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits); at an epoch's end also what
+    on_epoch(run) returns, and diversity. progress: a bar, none, or a function that is told the
+    images of every step. After time_budget (hours), Ctrl-C, 'Interrupt kernel' or SIGTERM the run
+    is saved and returned, and the same call goes on with it, bit for bit on a CPU; after a crash,
+    from save_every seconds before at most. A loss that is not finite ends it: `Run.stopped`."""
     training = begin(config, images, folder := Path(run_dir) if run_dir is not None else None)
     run = Run(config, training.history, training.kept, training.snapshots, training.environment)
     windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
@@ -839,7 +847,6 @@ def watch(held_out: Tensor, n: int) -> Callable[[Run], dict[str, float]]:
 
 SEEN: list[Any] = []  # in a process of `train_all`: the count of images that all of them share
 def begin_work(gpu: int | None, seen: Any) -> None:
-    """Set up a process of `train_all`."""
     def follow() -> None:
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)  # saves the run in progress
@@ -847,8 +854,7 @@ def begin_work(gpu: int | None, seen: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
+    gpu is None or torch.cuda.set_device(gpu)
 
 def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tuple[str, str]:
     """One run in such a process: (why it is not finished or "", what it printed)."""
@@ -866,9 +872,8 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
     jobs: (config, folder) each, begun in this order; see `train`. source: of their images, see
     `load_faces`; `watch` measures on up to measured_on of the held-out ones after every epoch.
     time_budget: hours, for all of them. workers: so many side by side, 0 for all that can be.
-    Returns {folder: why it is not finished}. A run that fails, or whose process dies, costs no
-    other run. Ctrl-C and SIGTERM save all in progress and raise. Scripts must call it under
-    `if __name__ == "__main__":`, for every process imports them."""
+    Returns {folder: why it is not finished}. A run that fails, or a process that dies, costs no
+    other. Ctrl-C and SIGTERM save all and raise. Scripts need `if __name__ == "__main__":`."""
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     spawn, ends = multiprocessing.get_context("spawn"), time.monotonic() + 3600 * time_budget
     seen, waiting, stopping = spawn.Value("q", 0), [*jobs], False  # images, of all runs together
@@ -952,8 +957,8 @@ def said(error: BaseException) -> str:
 def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
     """Sliced Wasserstein distance of Progressive GAN (arXiv 1710.10196), x1e3; lower is better. Of
     uint8 (N, 3, S, S), equally many: {"64": .., "32": .., "16": .., "avg": ..}, the distance of 7x7
-    patches at each level of a Laplacian pyramid, and the mean. Its floor, real images against
-    others, falls as N grows. It does not see a shift of all colours: `coverage` does."""
+    patches at each level of a Laplacian pyramid, and the mean. Its floor falls as N grows. A shift
+    of all colours is seen by `coverage` only."""
     need(real.shape == fake.shape and real.dtype == fake.dtype == torch.uint8, f"real {real.dtype} "
          f"{[*real.shape]}, fake {fake.dtype} {[*fake.shape]}: expected uint8 (N, 3, S, S), alike")
     random, distances = torch.Generator().manual_seed(seed), {}
@@ -970,8 +975,7 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, f
     return {**distances, "avg": sum(distances.values()) / len(distances)}
 
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:
-    """[(N, 3, S, S), (N, 3, S/2, S/2), ... (N, 3, 16, 16)]: of each size what the next one loses,
-    and of 16 px what is left. Smoothing is by the 5x5 binomial, with mirrored edges."""
+    """[(N, 3, S, S), ... (N, 3, 16, 16)]: what each size adds to the next, by the 5x5 binomial."""
     def smooth(x: Tensor) -> Tensor:
         row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=x.device) / 16
         binomial = (row[:, None] * row).expand(3, 1, 5, 5)
@@ -1010,14 +1014,12 @@ def diversity(real: Tensor, fake: Tensor) -> float:
     return ratio.item() if len(real) > 1 else math.nan
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """Share of real images with a fake one nearer than their k-th nearest real one
-    (arXiv 2002.09797); up to 1. Real against other real images reads about 0.97."""
+    """Share of real images with a fake one nearer than their k-th real one (arXiv 2002.09797)."""
     need(len(real) > k, f"{len(real)} real images: expected more than k={k}")
     return (nearest(real, fake)[0] <= nearest(real, real, k)[0]).float().mean().item()
 
 def fid_kid(real: Tensor, fake: Tensor) -> dict[str, Any]:
-    """{"fid": .., "kid": .., "no_fid": ""} by torch-fidelity; lower is better. None, None and why,
-    if it or its Inception weights cannot be had. Under 10,000 images of a side bias FID upwards."""
+    """FID and KID by torch-fidelity, lower is better; None, and why, if it cannot be had."""
     try:
         from torch_fidelity import calculate_metrics
         sides = [torch.utils.data.Subset(images, range(len(images))) for images in (real, fake)]
@@ -1036,10 +1038,9 @@ def pick(images: Tensor, n: int, seed: int = 0) -> Tensor:
     return images[index.sort().values.to(images.device)].cpu()
 
 def measure(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Every metric of fake images against as many real ones; what is not finite is None."""
-    diverse = diversity(real, fake)
+    """Every metric of fake images against as many real ones; nan becomes None, for JSON."""
     return {"swd": sliced_wasserstein(real, fake, seed), "coverage": coverage(real, fake),
-            "diversity": diverse if math.isfinite(diverse) else None, **fid_kid(real, fake)}
+            "diversity": d if (d := diversity(real, fake)) == d else None, **fid_kid(real, fake)}
 
 def reference(held_out: Tensor, others: Tensor, n: int = 1024, seed: int = 0) -> dict[str, Any]:
     """What every metric reads on real images: n held-out ones, or all, against others."""
@@ -1052,8 +1053,8 @@ def evaluate(run: Run, held_out: Tensor, floor: dict[str, Any], seed: int = 0) -
     """A record for results/table.json: every metric, on images not trained on, and its floor."""
     n, last = floor["measured_on"], run.history[-max(1, len(run.history) // 20) :]
     losses = {key: sum(record[key] for record in last) / len(last) for key in ("d_loss", "g_loss")}
-    config = {key: vars(run.config)[key] for key in ("image_size", "width", "seed")}
-    return {**config, "images_seen": last[-1]["images"], "seconds": last[-1]["seconds"], **losses,
+    return {**{key: vars(run.config)[key] for key in ("image_size", "width", "seed")}, **losses,
+            "images_seen": last[-1]["images"], "seconds": last[-1]["seconds"],
             **measure(pick(held_out, n, seed), sample(run, n, seed)), **floor, **run.environment}
 
 # ----------------------------------------------------------------------------------------- plots
@@ -1069,8 +1070,7 @@ def show_images(images: Tensor, title: str = "", columns: int = 12) -> Figure:
     figure = Picture((10, 10 * len(grid) / len(grid[0]) + 0.3), layout="constrained")
     ax = figure.subplots()
     ax.imshow(grid, interpolation="nearest" if len(grid[0]) < 1000 else None)
-    ax.set_title(title, loc="left", fontsize=10)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], title=title)
     ax.spines[:].set_visible(False)
     return figure
 
@@ -1083,8 +1083,7 @@ def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
 
 def plot_losses(run: Run, title: str = "") -> Figure:
     """Losses with the values they should approach, D's mean logits, and the collapse alarm."""
-    figure = Picture((10, 3), layout="constrained")
-    losses, logits, alarm = figure.subplots(1, 3)
+    losses, logits, alarm = (figure := Picture((10, 3), layout="constrained")).subplots(1, 3)
     lines = {"d_loss": (losses, "D"), "g_loss": (losses, "G"), "d_real": (logits, "real images"),
              "d_fake": (logits, "generated images"), "diversity": (alarm, "256 samples")}
     for k, (key, (ax, name)) in enumerate(lines.items()):

@@ -3,7 +3,7 @@
     python scripts/stage_for_kaggle.py --user NAME            # the whole report
     python scripts/stage_for_kaggle.py --user NAME --smoke    # minutes of quota: send this first
 
-Then `kaggle kernels push -p FOLDER`, which --push runs, and when it has ended `kaggle kernels output`.
+Then `kaggle kernels push -p FOLDER`, which --push runs, and at its end `kaggle kernels output`.
 """
 import argparse
 import json
@@ -38,7 +38,8 @@ def stage(folder, user, smoke=False, notebook=ROOT / "gan_hw.ipynb", module=ROOT
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    code, folded = nbformat.v4.new_code_cell, {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
+    code = nbformat.v4.new_code_cell
+    folded = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
     source = "%%writefile cspgan.py\n" + module.read_text(encoding="utf-8")
     first = [code(source, id="module", metadata=folded)] + [code(SMALLEST, id="smallest")] * smoke
     book.cells = first + book.cells + [code(EVERY_KIND, id="every-kind")] * smoke

@@ -18,6 +18,6 @@ for path in sys.argv[1:]:
         if "real-images" in cell.metadata.get("tags", []):
             cell.outputs = []  # nbconvert's own tag remover would take the execution count as well
         elif cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})
-                            and output.get("name") != "stderr"]
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})
+                            and out.get("name") != "stderr"]
     nbformat.write(notebook, path)
