@@ -3,7 +3,7 @@ An experiment is one line: train(BASELINE.but(block_norm="both"), images, "resul
 
 Measured (results/table.json; 900 held-out faces of aligned64.zip, 32 px, width 64, 64,000 images,
 1 CPU core, PyTorch 2.14.1): `converged` ends at SWD 19.7 +- 0.8 (lower is better; 3 seeds), DCGAN's
-generator at 54.9 +- 1.4, the course's best at 85.8 +- 11.3 (2 seeds), other real faces at 12.3.
+generator at 54.9 +- 1.4, the course's best at 85.7 +- 11.2 (2 seeds), other real faces at 12.3.
 
 In this order: config, data, models, losses, training, presets, runs, metrics, plots. Images are
 uint8 (N, 3, S, S) but inside the networks, which see `Config.pixel_range`."""
