@@ -1,6 +1,5 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces.
 An experiment is one line: train(BASELINE.but(block_norm="both"), images, "results/my_idea").
-
 Measured (results/table.json; 900 held-out faces of aligned64.zip, 32 px, width 64, 64,000 images,
 1 CPU core, PyTorch 2.14.1): `converged` ends at SWD 19.7 +- 0.8 (lower is better; 3 seeds), DCGAN's
 generator at 54.9 +- 1.4, the course's best at 85.7 +- 11.2 (2 seeds), other real faces at 12.3.
@@ -849,7 +848,8 @@ SEEN: list[Any] = []  # in a process of `train_all`: the count of images that al
 def begin_work(gpu: int | None, seen: Any) -> None:
     def follow() -> None:
         multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)  # saves the run in progress
+        while not os.kill(os.getpid(), signal.SIGTERM):  # the first saves the run, the next ends
+            time.sleep(30)
     SEEN.append(seen)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     threading.Thread(target=follow, daemon=True).start()
@@ -894,7 +894,7 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
                     pools.pop(place).shutdown(wait=False)
                 reason, printed = (said(error), "") if error else job.result()
                 reasons.update({str(folder): reason} if reason else {})
-                bar.write(printed.strip() or f"{folder}: {reason or 'done'}")
+                bar.write(f"{printed.strip() or folder} {reason}") if printed or reason else None
             bar.update(seen.value - bar.n)
             if stops and not stopping:  # SIGTERM: they save their runs
                 stopping = [child.terminate() for child in multiprocessing.active_children()]
