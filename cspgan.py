@@ -845,6 +845,7 @@ def watch(held_out: Tensor, n: int) -> Callable[[Run], dict[str, float]]:
                         "coverage": coverage(real, fake)}
 
 SEEN: list[Any] = []  # in a process of `train_all`: the count of images that all of them share
+split_faces = functools.lru_cache(1)(lambda source, size: hold_out(load_faces(source, size)))
 def begin_work(gpu: int | None, seen: Any) -> None:
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -862,7 +863,7 @@ def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tu
         with SEEN[0].get_lock():
             SEEN[0].value += images
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        images, held_out = hold_out(load_faces(source, config.image_size))
+        images, held_out = split_faces(source, config.image_size)
         run = train(config, images, folder, tick, watch(held_out, n), hours)
     return "" if run.finished else run.stopped, printed.getvalue()
 
@@ -1069,16 +1070,15 @@ def show_images(images: Tensor, title: str = "", columns: int = 12) -> Figure:
     grid = make_grid(images, min(columns, len(images)), padding=1, pad_value=255).permute(1, 2, 0)
     figure = Picture((10, 10 * len(grid) / len(grid[0]) + 0.3), layout="constrained")
     ax = figure.subplots()
-    ax.imshow(grid, interpolation="nearest" if len(grid[0]) < 1000 else None)
+    ax.imshow(grid.numpy(), interpolation="nearest" if len(grid[0]) < 1000 else None)
     ax.set(xticks=[], yticks=[], title=title)
-    ax.spines[:].set_visible(False)
     return figure
 
 def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
     """One row of n samples for each run of one image size, the same noise in every row."""
     figure = show_images(torch.cat([sample(run, n, seed) for run in runs.values()]), columns=n)
     rows = (torch.arange(len(runs)) + 0.5) * (next(iter(runs.values())).config.image_size + 1)
-    figure.axes[0].set_yticks(rows, [*runs], fontsize=9)
+    figure.axes[0].set_yticks(rows.tolist(), [*runs], fontsize=9)
     return figure
 
 def plot_losses(run: Run, title: str = "") -> Figure:
