@@ -677,7 +677,7 @@ TANH_BN = BASELINE.but(ladder="cspup_last", block_act="tanh", block_norm="right"
                        d_wider=2, batch_size=256, epochs=20)  # as seed 002's notebook has it
 CONVERGED = H1.but(  # the regularised relativistic GAN (arXiv 2501.05441) with this generator
     loss="relativistic", r1=2.0, r2=2.0, d_norm=False, d_wider=2, init="he", head="tanh", flip=True,
-    beta1=0.0, beta2=0.9, lr_g=2e-3, lr_d=2e-3, lr_end=0.1, ema_images=20_000)
+    beta1=0.0, beta2=0.9, lr_g=2e-3, lr_d=2e-3, lr_width=64, lr_end=0.1, ema_images=20_000)
 PRESETS = {  # every experiment, in the report's order
     "baseline": BASELINE,
     "h0_more_epochs": BASELINE.but(epochs=20),

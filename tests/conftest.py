@@ -1,5 +1,4 @@
-import os
-import sys
+import os, sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: bit for bit holds on a CPU
@@ -14,12 +13,10 @@ import cspgan as cs
 
 torch.set_num_threads(1)  # tiny networks: a second thread costs more than it brings
 
-
 @pytest.fixture(scope="session")
 def toys():
     """256 procedural faces of 16 px."""
     return cs.toy_faces(256, 16, seed=3)
-
 
 @pytest.fixture
 def tiny():

@@ -1,10 +1,5 @@
 """The benchmark compares like with like, and files what it promises."""
-
-import json
-import math
-import os
-import subprocess
-import sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +9,6 @@ import cspgan as cs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark
-
 
 @pytest.mark.parametrize("recipe", ["h1_bn_leaky", "converged"])
 def test_reference_loop_takes_the_module_s_steps(recipe, tmp_path):
@@ -39,22 +33,18 @@ def test_reference_loop_takes_the_module_s_steps(recipe, tmp_path):
     for a, b in zip(training.kept.parameters(), kept.parameters(), strict=True):
         assert a.dim() == 1 or (a - b).abs().mean() < 1e-5  # biases before BatchNorm drift
 
-
 def test_quick_benchmark_files_what_it_promises(tmp_path):
     folder, fair = tmp_path / "new", {**os.environ, "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, benchmark.__file__, "--quick", "--out", folder]
     done = subprocess.run(command, env=fair, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((folder / "benchmark.json").read_text())
+    found = json.loads((folder / "benchmark.json").read_text(), parse_constant=pytest.fail)
     assert (folder / "benchmark.png").stat().st_size > 10_000
-    assert {"hardware", "code", "date", "settings"} < set(found)
-    assert set(found["versions"]) == {"python", "torch", "torchvision"}
-    numbers = [found["side_by_side"]["ratio"], *found["side_by_side"]["images_per_second"].values()]
-    for recipe, share in (("h1_bn_leaky", 1), ("converged", 0.75)):
+    assert {"hardware", "versions", "code", "date", "settings"} < set(found)
+    rates, shares = [*found["side_by_side"]["images_per_second"].values()], {}
+    for recipe in ("h1_bn_leaky", "converged"):
         reference, module = (found["recipes"][recipe][name] for name in ("reference", "module"))
-        assert module["flops_per_image"] < share * reference["flops_per_image"]
-        for row in (reference, module):
-            numbers += [row[key] for key in ("flops_per_image", "share_of_peak", "repeats")]
-            for measures in (row["images_per_second"], row["ratio"]):
-                numbers += [measures["step"], measures["end_to_end"]]
-    assert all(0 < x < math.inf for x in numbers)
+        shares[recipe] = module["flops_per_image"] / reference["flops_per_image"]
+        rates += [row[key][part] for row in (reference, module) for part in ("step", "end_to_end")
+                  for key in ("images_per_second", "ratio")]
+    assert min(rates) > 0 and shares["converged"] < 0.75 and shares["h1_bn_leaky"] < 1

@@ -1,7 +1,5 @@
 """Presets against the tables they come from, labels, and what happens on a wrong value."""
-
-import dataclasses
-import json
+import dataclasses, json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +9,6 @@ import torch
 import cspgan as cs
 from cspgan import BASELINE, PRESETS, Config
 
-FIELDS = [field.name for field in dataclasses.fields(Config)]
 PLAIN = {  # the assignment, every field, written out independently of the module
     "image_size": 128, "head": "sigmoid", "flip": False, "generator": "cspup", "z_dim": 100,
     "width": 1024, "ladder": "cspup_first", "deconv_kernel": 4, "block_act": "relu",
@@ -24,7 +21,7 @@ TANH_BN = {"ladder": "cspup_last", "block_act": "tanh", "block_norm": "right", "
            "d_wider": 2, "batch_size": 256, "epochs": 20}
 CONVERGED = {**H1, "loss": "relativistic", "r1": 2.0, "r2": 2.0, "d_norm": False, "d_wider": 2,
              "init": "he", "head": "tanh", "flip": True, "beta1": 0.0, "beta2": 0.9, "lr_g": 2e-3,
-             "lr_d": 2e-3, "lr_end": 0.1, "ema_images": 20_000}
+             "lr_d": 2e-3, "lr_width": 64, "lr_end": 0.1, "ema_images": 20_000}
 CHANGES = {
     "baseline": {},
     "h0_more_epochs": {"epochs": 20},
@@ -52,24 +49,20 @@ CHANGES = {
     "h3_rates": {**H1, "lr_d": 3e-4, "lr_g": 8e-4},
     "converged": CONVERGED}
 
-
 def test_presets_are_the_tables_and_nothing_else():
     assert list(PRESETS) == list(CHANGES) and PRESETS["baseline"] == BASELINE == Config()
     for name, change in CHANGES.items():
         assert dataclasses.asdict(PRESETS[name]) == {**PLAIN, **change}, name
-
 
 def test_ablations_take_one_part_out_of_converged():
     parts = {"without_pairs": {"loss": "bce_logits"}, "without_penalties": {"r1": 0.0, "r2": 0.0},
              "without_bn_in_g": {"block_norm": "none"}, "without_he": {"init": "dcgan"},
              "without_wide_d": {"d_wider": 1}, "without_flip": {"flip": False},
              "without_ema": {"ema_images": 0}}
+    whole = dataclasses.asdict(PRESETS["converged"])
     assert cs.ABLATIONS.keys() == parts.keys()
     for name, change in parts.items():
-        whole = dataclasses.asdict(PRESETS["converged"])
-        assert dataclasses.asdict(cs.ABLATIONS[name]) == {**whole, **change}, name
-        assert all(whole[key] != value for key, value in change.items()), name
-
+        assert dataclasses.asdict(cs.ABLATIONS[name]) == {**whole, **change} != whole, name
 
 def test_label_is_the_difference():
     assert BASELINE.label() == "no change"
@@ -77,50 +70,36 @@ def test_label_is_the_difference():
     assert PRESETS["h3_smooth_tanh"].label(PRESETS["h1_bn_leaky"]) == (
         "head=tanh, label_smoothing=0.1, lr_g=0.0008, lr_d=0.0003")
 
-
 def test_config_is_frozen_and_but_leaves_the_first_alone():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BASELINE.seed = 1
     assert BASELINE.but(seed=1).but(head="tanh") == Config(seed=1, head="tanh") != BASELINE
     assert BASELINE.pixel_range == (0, 1) and BASELINE.but(head="tanh").pixel_range == (-1, 1)
 
-
 @pytest.mark.parametrize("changes, words", [
     ({"lr_gg": 1}, ["lr_gg", "expected one of ['lr_g']"]),
     ({"colour": 1}, ["colour", "image_size", "seed"]),
     ({"image_size": 100}, ["image_size=100", "16, 32, 64, 128, 256"]),
-    ({"head": "softmax"}, ["head='softmax'", "'sigmoid', 'tanh', 'relu'"]),
     ({"loss": "hinge"}, ["loss='hinge'", "'bce', 'bce_logits', 'relativistic'"]),
     ({"ladder": "first"}, ["ladder='first'", "'cspup_first', 'deconv_first', 'cspup_last'"]),
-    ({"deconv_kernel": 3}, ["deconv_kernel=3", "4, 2"]),
     ({"flip": "yes"}, ["flip='yes'", "True, False"]),
-    ({"batch_size": 1}, ["batch_size=1", "whole number from 2"]),
-    ({"batch_size": "64"}, ["batch_size='64'", "whole number"]),
-    ({"width": 1}, ["width=1", "from 2"]),
+    ({"batch_size": "64"}, ["batch_size='64'", "whole number from 2"]),
     ({"epochs": 2.5}, ["epochs=2.5", "whole number from 1"]),
-    ({"d_wider": 0}, ["d_wider=0", "from 1"]),
-    ({"d_every": 0}, ["d_every=0", "from 1"]),
     ({"d_fewer": 5}, ["d_fewer=5", "from 0 to 4"]),
     ({"d_fewer": 2, "image_size": 16}, ["d_fewer=2", "from 0 to 1"]),
     ({"epoch_images": 127}, ["epoch_images=127", "from 128"]),
-    ({"epoch_images": 4000.5}, ["epoch_images=4000.5", "whole number"]),
-    ({"lr_g": -1e-4}, ["lr_g=-0.0001", "a number from 0"]),
     ({"lr_g": float("nan")}, ["lr_g=nan", "a number from 0"]),
     ({"lr_d": float("inf")}, ["lr_d=inf", "a number from 0"]),
-    ({"lr_width": -1}, ["lr_width=-1", "from 0"]),
-    ({"lr_end": 2.0}, ["lr_end=2.0", "from 0 to 1"]),
-    ({"beta1": 1.0}, ["beta1=1.0", "from 0 to 0.9"]),
+    ({"lr_width": -1}, ["lr_width=-1", "from 0"]), ({"r1": -1}, ["r1=-1", "from 0"]),
+    ({"lr_end": 2.0}, ["lr_end=2.0", "from 0 to 1"]), ({"beta1": 1.0}, ["from 0 to 0.9"]),
     ({"label_smoothing": 1.0}, ["label_smoothing=1.0", "from 0 to 0.99"]),
-    ({"r1": -1}, ["r1=-1", "from 0"]),
-    ({"seed": 2**62}, [f"seed={2**62}", "from 0 to"]),
-])
+    ({"seed": 2**62}, [f"seed={2**62}", "from 0 to"])])
 def test_wrong_values_are_named_with_the_legal_ones(changes, words):
     with pytest.raises(ValueError) as error:
         BASELINE.but(**changes)
     assert all(word in str(error.value) for word in words), error.value
 
-
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_field_refuses_words_and_truth_values_and_nothing(name):
     wrong = ["nonsense", [1]] + [None] * (name != "epoch_images")
     wrong += [True, False] * (type(PLAIN[name]) is not bool)  # Python takes them for 1 and 0
@@ -128,7 +107,6 @@ def test_every_field_refuses_words_and_truth_values_and_nothing(name):
         with pytest.raises(ValueError) as error:
             BASELINE.but(**{name: value})
         assert str(error.value).startswith(f"{name}={value!r}: expected "), value
-
 
 def test_numpys_values_are_taken_and_stored_as_plain_ones():
     as_numpy = {bool: np.bool_, int: np.int64, float: np.float64, str: np.str_, type(None): np.int32}
@@ -140,18 +118,15 @@ def test_numpys_values_are_taken_and_stored_as_plain_ones():
     assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert type(BASELINE.but(r1=2).r1) is float  # else a label would tell 2 from 2.0
 
-
 def test_gpu_that_is_listed_but_cannot_be_used_is_named_at_once(monkeypatch, capsys):
     """As a P100 under a PyTorch without kernels for it: the first operation fails."""
     def no_kernel(*args, **options):
         raise RuntimeError("no kernel image is available")
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", no_kernel)
     assert cs.best_device.__wrapped__() == torch.device("cpu")
     said = capsys.readouterr().out
     assert "cannot be used" in said and "no kernel image" in said and "T4" in said
-
 
 @pytest.mark.parametrize("capability, half", [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16),
                                               ((7, 5), torch.float16)])

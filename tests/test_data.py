@@ -1,21 +1,12 @@
 """Finding, decoding and caching faces: cases that went wrong for others, as their whole kinds."""
-
-import io
-import multiprocessing
-import os
-import pickle
-import shutil
-import signal
-import struct
-import zipfile
-import zlib
+import io, multiprocessing, os, pickle, shutil, signal, struct, zipfile, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin, TiffImagePlugin, features
+from PIL import Image, features
 
 import cspgan as cs
 
@@ -142,10 +133,6 @@ def test_malformed_exif_is_no_reason_to_lose_the_pixels():  # case 6
     for bad in (b"garbage", b"Exif\0\0garbage", start, start[:9] + b"\xff\xff", *blocks):
         files += [encoded(image, exif=bad), encoded(image, "WEBP", exif=bad, lossless=True)]
         jpegs += [encoded(image, "JPEG", exif=bad)]
-    info, ifd = PngImagePlugin.PngInfo(), TiffImagePlugin.ImageFileDirectory_v2()
-    info.add_text("Raw profile type exif", "\nexif\n  10\nno hexadecimal number")
-    ifd[0x8769], ifd.tagtype[0x8769] = 999_999, 4
-    files += [encoded(image, pnginfo=info), encoded(image, "TIFF", tiffinfo=ifd)]
     assert {cs.Faces.decode(data, 16).tobytes() for data in files} == {
         np.asarray(image).transpose(2, 0, 1).tobytes()}
     assert len({cs.Faces.decode(data, 16).tobytes() for data in jpegs}) == 1
@@ -192,11 +179,6 @@ def test_damaged_files_are_skipped_and_named(tmp_path, capsys, name, data, words
         with pytest.raises(ValueError, match=f"{name}.* cannot be read"):
             faces[faces.names.index(name)]
 
-def test_a_damaged_file_whose_name_is_no_text_is_named_too(tmp_path, capsys):
-    folder = fill(tmp_path / "photos", 3)
-    put(folder / os.fsdecode(b"\xff.jpg"), b"text")
-    assert len(load(folder, tmp_path)) == 3 and "Skipped 1" in capsys.readouterr().out
-
 def test_links_pipes_and_huge_files_are_named_and_never_read(tmp_path, capsys):
     folder, secret = fill(tmp_path / "photos", 3), fill(tmp_path / "secret", 1, 50)
     for name, target in (("a.png", secret / "0050.png"), ("b.png", "gone"), ("c.png", "c.png"),
@@ -204,9 +186,10 @@ def test_links_pipes_and_huge_files_are_named_and_never_read(tmp_path, capsys):
         (folder / name).symlink_to(target)
     os.mkfifo(folder / "d.png"), os.mkfifo(folder / "pipe")
     os.truncate(put(folder / "e.png", b""), 300_000_000)  # takes no room on the disk
+    put(folder / os.fsdecode(b"\xff.jpg"), b"a name that is no text")
     assert len(load(folder, tmp_path)) == 3
     said = capsys.readouterr().out
-    assert "Skipped 5" in said and all(f"{n}.png" in said for n in "abcde") and "300,000," in said
+    assert "Skipped 6" in said and all(f"{n}.png" in said for n in "abcde") and "300,000," in said
     assert "'without ending': 3" in said
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
@@ -344,18 +327,8 @@ def test_inputs_are_told_apart_in_every_layout(tmp_path, capsys, layout):  # cas
     assert "alice" in str(found) and len(load(found, tmp_path)) == 6 and f"{found} (6)" in said
     assert str(found).replace("alice", "bob") + "': 5" in said and "'.csv': 1" in said
 
-def test_all_layouts_and_zips_at_once_are_told_apart(tmp_path, capsys):
-    for k, layout in enumerate(LAYOUTS[:5]):
-        fill(tmp_path / layout.format("alice"), 2 + k)
-        files = {f"{i}": encoded(noise(i)) for i in range(3 + k)}
-        put(tmp_path / layout.format("bob") / f"pics{k}.ZIP", zipped(files))
-    assert cs.find_faces((tmp_path,)) == tmp_path / "competitions" / "bob" / "pics4.ZIP"
-    said = capsys.readouterr().out
-    assert said.count("': ") == 9 and "pics4.ZIP (7)" in said and "'.zip'" not in said
-
-@pytest.mark.parametrize("loose", [1])  # with 6 the count would leave dogs out
-def test_what_is_said_is_what_is_loaded(tmp_path, capsys, loose):
-    fill(tmp_path / "data", loose), fill(tmp_path / "data" / "dogs", 4, 50)
+def test_what_is_said_is_what_is_loaded(tmp_path, capsys):
+    fill(tmp_path / "data", 1), fill(tmp_path / "data" / "dogs", 4, 50)
     found, said = cs.find_faces((tmp_path / "data",)), capsys.readouterr().out
     assert f"{found} ({len(load(found, tmp_path))})" in said
     assert ("passed over" in said) == (found != tmp_path / "data")

@@ -1,8 +1,5 @@
 """Shapes, parameter counts by independent arithmetic, branches, gradients, initial weights."""
-
-import copy
-import inspect
-import math
+import copy, inspect, math
 from collections.abc import Callable
 
 import pytest
@@ -12,21 +9,17 @@ from torch import nn
 import cspgan as cs
 from cspgan import BASELINE, CSPup, DCGANGenerator, Discriminator, Generator
 
-
 def count(network):
     return sum(p.numel() for p in network.parameters())
 
-
 def conv(c, out, kernel):
     return c * out * kernel**2 + out
-
 
 def csp_up(c, out, kernel=4):
     """Weights and biases of a block without norms, written out from the drawing."""
     half = c // 2
     return (conv(half, out, kernel) + conv(half, half, 1) + conv(half, out, kernel)
             + conv(out, out, 3) + conv(out, out, 3))
-
 
 def shapes(generator):
     """The shape that every part gives, from z on. By parts: autocast does not know `meta`."""
@@ -36,11 +29,9 @@ def shapes(generator):
         found.append(tuple(x.shape[1:]))
     return found
 
-
 BOXES = [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32), (64, 64, 64)]
 PAIRS = [(1024, 512), (512, 256), (256, 128), (128, 64)]
 FOUR = sum(csp_up(*pair) for pair in PAIRS)
-
 
 @pytest.mark.parametrize("ladder, outputs, parameters", [
     ("cspup_first", BOXES, csp_up(100, 1024) + FOUR + conv(64, 3, 4)),
@@ -55,7 +46,6 @@ def test_the_three_readings_of_the_drawing_at_full_size(ladder, outputs, paramet
     blocks = [m for m in generator.modules() if isinstance(m, CSPup)]
     assert len(blocks) == (4 if ladder == "deconv_first" else 5)
     assert isinstance(generator.stem, CSPup if ladder == "cspup_first" else nn.ConvTranspose2d)
-
 
 def test_d_and_the_control_at_full_size():
     widths = [3, 64, 128, 256, 512, 1024]
@@ -72,7 +62,6 @@ def test_d_and_the_control_at_full_size():
     deconvs = sum(c * out * 16 + 2 * out for c, out in [(100, 1024), *PAIRS])
     assert count(dcgan) == deconvs + conv(64, 3, 4)
 
-
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("width", [2, 37])
 def test_any_size_and_width(size, width):
@@ -82,14 +71,6 @@ def test_any_size_and_width(size, width):
             images = make(config)(torch.randn(2, 7))
             assert images.shape == (2, 3, size, size)
     assert Discriminator(config)(images).shape == (2,)
-
-
-@pytest.mark.parametrize("c, out", [(8, 4), (7, 3), (2, 5)])
-def test_block_doubles_the_resolution(c, out):
-    assert CSPup(c, out)(torch.randn(2, c, 5, 3)).shape == (2, out, 10, 6)
-    assert CSPup(c, out, deconv=(2, 2, 0))(torch.randn(2, c, 5, 3)).shape == (2, out, 10, 6)
-    assert CSPup(c, out, deconv=(4, 1, 0))(torch.randn(2, c, 1, 1)).shape == (2, out, 4, 4)
-
 
 def test_block_is_the_sum_of_two_branches_fed_with_one_half_each():
     torch.manual_seed(0)
@@ -105,7 +86,6 @@ def test_block_is_the_sum_of_two_branches_fed_with_one_half_each():
     with pytest.raises(ValueError, match="in_channels=1.*'left'"):
         CSPup(1, 4, norm="left")
 
-
 @pytest.mark.parametrize("norm, left, right", [
     ("none", "T", "C1 A T C3 A C3"), ("right", "T", "C1 B A T C3 B A C3"),
     ("both", "T B", "C1 B A T C3 B A C3 B")])
@@ -116,11 +96,9 @@ def test_block_has_its_layers_in_the_order_of_the_drawing(norm, left, right, act
         names = {nn.ConvTranspose2d: "T", nn.BatchNorm2d: "B", kind: "A"}
         layers = [m for m in branch if not isinstance(m, nn.Identity)]
         return " ".join(names.get(type(m)) or f"C{m.kernel_size[0]}" for m in layers)
-
     config = BASELINE.but(image_size=32, width=16, block_norm=norm, block_act=act)
     blocks = [m for m in Generator(config).modules() if isinstance(m, CSPup)]
     assert [(letters(b.left), letters(b.right)) for b in blocks] == [(left, right)] * 3
-
 
 def test_block_copied_elsewhere_needs_only_torch():
     scope = {"torch": torch, "nn": nn, "Callable": Callable}
@@ -128,7 +106,6 @@ def test_block_copied_elsewhere_needs_only_torch():
     for norm in ("none", "both"):
         x = torch.randn(2, 8, 2, 2)
         assert scope["CSPup"](8, 4, nn.ReLU, norm)(x).shape == (2, 4, 4, 4)
-
 
 @pytest.mark.parametrize("head, low, high", [
     ("tanh", -1, 1), ("sigmoid", 0, 1), ("relu", 0, math.inf)])
@@ -141,18 +118,6 @@ def test_head_sets_the_range_and_d_returns_raw_logits(head, low, high):
     assert images.min() < 0 or head != "tanh"
     logits = d(100 * torch.randn(64, 3, 16, 16))
     assert logits.min() < 0 and logits.max() > 1
-
-
-def test_options_of_d():
-    config = BASELINE.but(image_size=32, width=32)
-    for norm, places in ((True, [3, 6]), (False, [])):  # on all but the first and the last
-        layers = Discriminator(config.but(d_norm=norm)).features
-        assert [k for k, m in enumerate(layers) if isinstance(m, nn.BatchNorm2d)] == places
-        assert {m.negative_slope for m in layers if isinstance(m, nn.LeakyReLU)} == {0.2}
-    d = Discriminator(config.but(d_wider=3, d_fewer=1))
-    convs = [m for m in d.modules() if isinstance(m, nn.Conv2d)]
-    assert [m.out_channels for m in convs] == [24, 48, 1] and not list(d.buffers())
-
 
 @pytest.mark.parametrize("name", [*cs.PRESETS, *cs.ABLATIONS])
 def test_a_step_of_every_preset_reaches_every_weight(name, toys):
@@ -170,12 +135,10 @@ def test_a_step_of_every_preset_reaches_every_weight(name, toys):
             if weight.endswith("weight"):  # biases that a BatchNorm follows are cancelled by it
                 assert (p.grad != 0).float().mean() > 0.2 and not torch.equal(p, q), weight
 
-
 def layers_of(*networks):
     kinds = nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d
     return {name: m for network in networks for name, m in network.named_modules()
             if isinstance(m, kinds)}
-
 
 def test_initial_weights_of_dcgan():
     config = BASELINE.but(image_size=32, width=128, block_norm="both")
@@ -185,7 +148,6 @@ def test_initial_weights_of_dcgan():
         assert abs(m.weight.mean() - mean) < 5 * 0.02 / math.sqrt(n), name
         assert m.weight.std().item() == pytest.approx(0.02, rel=4 / math.sqrt(2 * n)), name
         assert not m.bias.any()
-
 
 def test_initial_weights_of_he():
     """Gain over inputs that one output sees, written out for every kind of layer."""
@@ -207,21 +169,6 @@ def test_initial_weights_of_he():
     norms = [m for m in Generator(last).modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all((m.weight == 1).all() for m in norms)
 
-
-@pytest.mark.parametrize("size", [16, 64])
-def test_he_keeps_the_size_of_activations_and_dcgan_does_not(size):
-    """From noise of size 1, images grow by at most 1.8 a block, and logits stay of size 1."""
-    sizes = {}
-    for init in ("he", "dcgan"):
-        config = BASELINE.but(image_size=size, width=128, d_norm=False, init=init)
-        generator, d = Generator(config), Discriminator(config)
-        generator.to_rgb[1] = nn.Identity()
-        images, logits = generator(torch.randn(64, 100)), d(torch.randn(64, 3, size, size))
-        sizes[init] = images.std().item(), logits.square().mean().sqrt().item()
-    assert 0.4 < sizes["he"][0] < 1.8 ** math.log2(size) and 0.4 < sizes["he"][1] < 3
-    assert sizes["dcgan"][0] < 0.05 and sizes["dcgan"][1] < 0.2
-
-
 def test_weights_follow_the_seed_alone():
     config, made = BASELINE.but(image_size=16, width=16, block_norm="both"), []
     for seed, other in ((1, 0), (2, 0), (1, 1)):
@@ -232,5 +179,4 @@ def test_weights_follow_the_seed_alone():
     assert torch.equal(state, torch.get_rng_state())  # no draw is taken from the caller's numbers
     for p, q, r in zip(*(network.parameters() for network in made)):
         assert torch.equal(p, q) and (not p.any() or not torch.equal(p, r))
-    start = [next(network.parameters()).flatten()[:50] for network in (first, d)]
-    assert not torch.equal(*start)  # G and D do not begin with the same draws
+    assert not torch.equal(first.stem.left[0].weight.flatten()[:50], d.to_logit.weight.flatten()[:50])

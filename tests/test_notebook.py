@@ -1,9 +1,5 @@
 """The report: its shape, and that it runs from top to bottom where nothing else is."""
-import json
-import os
-import re
-import subprocess
-import sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -14,11 +10,9 @@ import cspgan as cs
 ROOT = Path(cs.__file__).parent
 NOTEBOOK = ROOT / "gan_hw.ipynb"
 
-
 @pytest.fixture(scope="module")
 def cells():
     return nbformat.read(NOTEBOOK, as_version=4).cells
-
 
 def test_shape_of_the_committed_notebook(cells):
     code = [cell for cell in cells if cell.cell_type == "code"]
@@ -35,7 +29,6 @@ def test_shape_of_the_committed_notebook(cells):
             assert "widget" not in str(output.get("data", {}).keys()) and output.get("name") != "stderr"
     assert sum("infrastructure" in cell.metadata.get("tags", []) for cell in code) == 4
 
-
 def test_every_preset_is_planned_and_every_section_is_there(cells):
     text = "\n".join(cell.source for cell in cells)
     for name in [*cs.PRESETS][:5] + ["converged"]:
@@ -43,7 +36,6 @@ def test_every_preset_is_planned_and_every_section_is_there(cells):
     assert "RUNS = {**PRESETS, **ABLATIONS" in text
     claims = re.findall(r'"(\d)\. ', text)
     assert set(claims) == set("123456789")
-
 
 def test_readme_says_how_the_notebook_and_the_tests_are_run():
     readme, run = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
@@ -54,7 +46,6 @@ def test_readme_says_how_the_notebook_and_the_tests_are_run():
     assert len(readme.splitlines()) <= 150
     module = (ROOT / "cspgan.py").read_text().splitlines()
     assert len(module) <= 1100 and max(map(len, module)) <= 100
-
 
 def test_staged_notebook_runs_alone_in_an_empty_folder(tmp_path):
     stage = [sys.executable, str(ROOT / "scripts/stage_for_kaggle.py"), str(tmp_path), "--smoke"]

@@ -1,29 +1,21 @@
 """Nothing lost: one file a run, resuming, signals, damage; many runs side by side."""
-import math
-import multiprocessing
-import os
-import pickle
-import signal
-import subprocess
-import sys
-import threading
-import time
+import contextlib, math, multiprocessing, os, pickle, signal, threading, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cspgan as cs
 
-
-def same_run(a, b):
-    """Whether two runs agree in every weight, record and snapshot."""
-    records = [[{k: v for k, v in r.items() if k != "seconds"} for r in run.history] for run in (a, b)]
+def same_run(a, b, watched=False):
+    """Whether two runs agree in every weight, record and snapshot; watched: b has more to a record."""
+    skip = {"seconds"} | ({"swd", "coverage"} if watched else set())
+    records = [[{k: v for k, v in r.items() if k not in skip} for r in run.history] for run in (a, b)]
     weights = [run.generator.state_dict().values() for run in (a, b)]
     shots = [[(n, x.tolist()) for n, x in run.snapshots] for run in (a, b)]
     return records[0] == records[1] and all(map(torch.equal, *weights)) and shots[0] == shots[1]
-
 
 @pytest.fixture(params=["bce", "converged"])
 def config(request, tiny):
@@ -31,7 +23,6 @@ def config(request, tiny):
     if request.param == "bce":
         return tiny.but(block_norm="both", d_every=2, epochs=2, epoch_images=64, weight_decay=0.1)
     return cs.CONVERGED.but(image_size=16, width=16, z_dim=8, batch_size=16, epochs=2, epoch_images=64)
-
 
 def test_run_stopped_after_every_step_equals_one_that_was_not(config, toys, tmp_path, capsys):
     whole = cs.train(config, toys, progress=False)
@@ -47,7 +38,6 @@ def test_run_stopped_after_every_step_equals_one_that_was_not(config, toys, tmp_
     assert same_run(whole, again) and again.finished and "loaded at step 8 of 8" in said
     assert all(str(run.environment[key]) in said for key in ("code", "date")) and config.label() in said
 
-
 def test_every_part_of_the_state_is_needed(config, toys):
     """A checkpoint without one of its parts would not give the same run: none is saved in vain."""
     def finished(skip):
@@ -61,7 +51,6 @@ def test_every_part_of_the_state_is_needed(config, toys):
         record = {k: v for k, v in second.record().items() if k != "seconds"}
         networks = second.kept, second.discriminator
         return record, [x.sum().item() for net in networks for x in net.state_dict().values()]
-
     whole = finished(())
     assert whole == finished(())
     parts = set(cs.Training(config, toys, torch.device("cpu")).state_dict())
@@ -71,33 +60,29 @@ def test_every_part_of_the_state_is_needed(config, toys):
     for skip in [{part} for part in parts - twins] + [twins] * bool(twins):
         assert whole != finished(skip), skip
 
-
 def test_run_that_crashes_or_is_killed_goes_on(config, toys, tmp_path):
     def crash(images):
         crash.seen += 1
         if crash.seen % 3 == 0:
             raise RuntimeError("power cut")
-
-    crash.seen, code = 0, f"""
-import sys, cspgan as cs, torch
-torch.set_num_threads(1)
-config = cs.Config(**{vars(config)!r})
-cs.train(config, cs.toy_faces(256, 16, seed=3), sys.argv[1], progress=lambda n: print(n, flush=True), save_every=0)"""
-    while True:
-        try:
+    crash.seen, run, whole = 0, None, cs.train(config, toys, progress=False)
+    while not run:
+        with contextlib.suppress(RuntimeError):
             run = cs.train(config, toys, tmp_path / "a", progress=crash, save_every=0)
-            break
-        except RuntimeError:
-            pass
-    whole = cs.train(config, toys, progress=False)
     assert crash.seen > 9 and same_run(whole, run)
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "b")], stdout=subprocess.PIPE)
+    fork = multiprocessing.get_context("fork")
+    steps, told = fork.Pipe()
+    child = fork.Process(target=cs.train, args=(config, toys, tmp_path / "b", told.send),
+                         kwargs={"save_every": 0})
+    child.start()
     for _ in range(4):
-        child.stdout.readline()
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
+        steps.recv()
+    child.kill(), child.join()
+    assert 0 < steps_of(tmp_path / "b")[0] < 8
     assert same_run(whole, cs.train(config, toys, tmp_path / "b", progress=False))
 
+def steps_of(*folders):
+    return [torch.load(folder / "run.pt", weights_only=True)["step"] for folder in folders]
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_return_the_run_so_far(config, toys, tmp_path, number):
@@ -109,11 +94,8 @@ def test_signals_save_and_return_the_run_so_far(config, toys, tmp_path, number):
         signal.raise_signal(number)
         signal.raise_signal(number)
 
-
 class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
+    __reduce__ = lambda self: (os.mkdir, ("executed",))  # noqa: E731
 
 @pytest.mark.parametrize("damage", [
     lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text", lambda b: pickle.dumps(Malicious())])
@@ -126,7 +108,6 @@ def test_damaged_file_is_named_and_put_aside(tiny, toys, tmp_path, capsys, damag
     assert "damaged" in capsys.readouterr().out and Path("run.old1/run.pt").read_bytes() == bad
     assert not Path("executed").exists()
 
-
 def test_another_run_in_the_folder_is_kept_under_another_name(tiny, toys, tmp_path, capsys):
     first = cs.train(tiny, toys, tmp_path / "run", progress=False)
     cs.train(tiny.but(lr_d=1e-3), toys, tmp_path / "run", progress=False)
@@ -135,7 +116,6 @@ def test_another_run_in_the_folder_is_kept_under_another_name(tiny, toys, tmp_pa
     assert "data=" in capsys.readouterr().out
     assert same_run(first, cs.load_run(tmp_path / "run.old1"))
     assert cs.load_run(tmp_path / "run.old2").config.lr_d == 1e-3
-
 
 def test_more_epochs_go_on_where_the_rates_do_not_fall(tiny, toys, tmp_path, capsys):  # case 9
     tiny = tiny.but(block_norm="both")
@@ -154,7 +134,6 @@ def test_more_epochs_go_on_where_the_rates_do_not_fall(tiny, toys, tmp_path, cap
     said = capsys.readouterr().out
     assert said.index("epochs=1 there, 2 here") < said.index("begins")
 
-
 @pytest.mark.parametrize("images, words", [
     ("photos/", "'photos/'"), (torch.zeros(99, 3, 16, 16), "float32"), (cs.toy_faces(99, 32), "32, 32"),
     (cs.toy_faces(9, 16), "batch_size=16"), (None, "None")])
@@ -164,22 +143,18 @@ def test_wrong_images_are_named_with_what_was_expected(tiny, images, words):  # 
     assert "expected a torch.uint8 tensor (N, 3, 16, 16)" in str(error.value)
     assert tiny.but(epoch_images=np.int64(64)).epoch_images == 64
 
-
 def test_loss_that_is_not_finite_ends_in_its_message(tiny, toys, tmp_path, capsys, monkeypatch):  # case 13
     tiny, step = tiny.but(epochs=3), cs.g_step
     cs.train(tiny, toys, tmp_path / "run", progress=False, time_budget=0)
     good = (tmp_path / "run" / "run.pt").read_bytes()
-
     def broken(discriminator, *rest):
         with torch.no_grad():
             discriminator.to_logit.weight.fill_(math.nan)
         return step(discriminator, *rest)
-
     monkeypatch.setattr(cs, "g_step", broken)
     run = cs.train(tiny, toys, tmp_path / "run", progress=False, save_every=0)
     assert "not finite" in run.stopped and not run.finished
     assert "not finite" in capsys.readouterr().out and (tmp_path / "run" / "run.pt").read_bytes() == good
-
 
 def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -189,70 +164,62 @@ def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, mon
     with pytest.raises(FileNotFoundError, match="Train one"):
         cs.load_run(tmp_path / "run")
 
-
 # ---- many runs side by side
+@pytest.fixture
+def photos(tmp_path, monkeypatch, toys):
+    """A folder of pictures, whose cache will not lie in the home of whoever runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    for k, image in enumerate(toys[:200]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"photos/{k}.png")
+    return tmp_path / "photos"
 
+def meanwhile(condition, action):
+    """In a thread: the action, as soon as the condition holds."""
+    def follow():
+        while not condition():
+            time.sleep(0.1)
+        action()
+    threading.Thread(target=follow, daemon=True).start()
 
-def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cs, "toy_faces", cs.toy_faces)
-    tiny = tiny.but(epochs=2)
-    jobs = [(tiny.but(seed=k), tmp_path / f"good{k}") for k in range(3)]
-    jobs[1:1] = [(tiny.but(epochs=99999), tmp_path / "dies"), (tiny.but(batch_size=5000, epoch_images=None), tmp_path / "bad")]
-
-    def kill():
-        while not (tmp_path / "dies").exists() or not (tmp_path / "good2" / "run.pt").exists():
-            time.sleep(0.2)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
-
-    threading.Thread(target=kill, daemon=True).start()
-    reasons = cs.train_all(jobs, None, measured_on=16, workers=2)
-    assert reasons.keys() == {str(tmp_path / "dies"), str(tmp_path / "bad")}
-    assert "expected a torch.uint8 tensor" in reasons[str(tmp_path / "bad")]
-    assert "terminated" in reasons[str(tmp_path / "dies")]
-    runs = [cs.load_run(folder) for _, folder in jobs if folder.name[:4] == "good"]
-    assert len(runs) == 3 and all(run.finished and "swd" in run.history[-1] for run in runs)
+def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, photos):
+    good, dies, bad = [tmp_path / f"good{k}" for k in range(3)], tmp_path / "dies", tmp_path / "bad"
+    jobs = [(tiny.but(seed=k, epochs=2), folder) for k, folder in enumerate(good)]
+    jobs[1:1] = [(tiny.but(epochs=99999), dies), (tiny.but(batch_size=500, epoch_images=None), bad)]
+    meanwhile(lambda: dies.exists() and (good[2] / "run.pt").exists(), lambda: [
+        os.kill(process.pid, signal.SIGKILL) for process in multiprocessing.active_children()])
+    reasons = cs.train_all(jobs, photos, measured_on=16, workers=2)
+    assert reasons.keys() == {str(dies), str(bad)} and "terminated" in reasons[str(dies)]
+    assert "expected a torch.uint8 tensor" in reasons[str(bad)]
+    runs = [cs.load_run(folder) for folder in good]
+    assert all(run.finished and "swd" in run.history[-1] for run in runs)
     assert all(run.environment["hardware"] == "1 CPU core" for run in runs)
-    alone = cs.train(jobs[0][0], cs.hold_out(cs.toy_faces(4096, 16))[0], progress=False)
-    assert all(map(torch.equal, alone.generator.state_dict().values(), runs[0].generator.state_dict().values()))
+    faces = cs.hold_out(cs.load_faces(photos, 16, tmp_path / "cache"))[0]
+    assert same_run(cs.train(jobs[0][0], faces, progress=False), runs[0], watched=True)
 
-
-def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path):
-    jobs = [(tiny.but(seed=k, epochs=300), tmp_path / f"{k}") for k in range(2)]
-
-    def interrupt():
-        while not all((folder).exists() for _, folder in jobs):
-            time.sleep(0.2)
-        time.sleep(1)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
+def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path, photos):
+    jobs = [(tiny.but(seed=k, epochs=99999), tmp_path / f"{k}") for k in range(2)]
+    folders = [folder for _, folder in jobs]
+    meanwhile(lambda: all(folder.exists() for folder in folders), lambda: (
+        time.sleep(1), os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt, match="SIGINT"):
-        cs.train_all(jobs, None, measured_on=16, workers=2)
-    steps = [torch.load(folder / "run.pt", weights_only=True)["step"] for _, folder in jobs]
-    assert all(0 < step < 600 for step in steps)
-    assert set(cs.train_all(jobs, None, time_budget=0, workers=1).values()) == {"time"}
-    for (_, folder), step in zip(jobs, steps):
-        assert torch.load(folder / "run.pt", weights_only=True)["step"] > step
+        cs.train_all(jobs, photos, measured_on=16, workers=2)
+    steps = steps_of(*folders)
+    assert all(0 < step < 199998 for step in steps)
+    assert set(cs.train_all(jobs, photos, time_budget=0, workers=2).values()) == {"time"}
+    assert all(now > before for now, before in zip(steps_of(*folders), steps))
 
-
-def test_workers_end_with_a_parent_that_is_killed(tiny, tmp_path):
-    script = tmp_path / "main.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(Path(cs.__file__).parent)!r})
-import cspgan as cs
-if __name__ == "__main__":
-    config = cs.Config(**{vars(tiny.but(epochs=99999))!r})
-    cs.train_all([(config, {str(tmp_path / "run")!r})], None, measured_on=16, workers=1)
-""")
-    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "run").exists():
-        time.sleep(0.2)
+def test_workers_end_with_a_parent_that_is_killed(tiny, tmp_path, photos):
+    folder, fork = tmp_path / "run", multiprocessing.get_context("fork")
+    parent = fork.Process(target=cs.train_all, args=([(tiny.but(epochs=99999), folder)], photos),
+                          kwargs={"measured_on": 16, "workers": 1})
+    parent.start()
+    while not folder.exists():
+        time.sleep(0.1)
     time.sleep(1)
     parent.kill()
     for _ in range(100):
-        if (tmp_path / "run" / "run.pt").exists():
+        if (folder / "run.pt").exists():
             break
         time.sleep(0.2)
-    assert torch.load(tmp_path / "run" / "run.pt", weights_only=True)["step"] > 0  # saved, and ended
+    assert steps_of(folder)[0] > 0  # saved, and ended

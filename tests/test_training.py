@@ -1,11 +1,8 @@
 """Losses and penalties against formulas, the two steps, rates, precision, and the order of images."""
-
-import copy
-import math
+import copy, math
 
 import pytest
 import torch
-from torch import nn
 
 import cspgan as cs
 
@@ -38,7 +35,6 @@ def networks(config, toys):
     return generator, cs.Discriminator(config), cs.to_network(toys[:16], config), generator(z)
 
 # ---- losses
-
 @pytest.mark.parametrize("loss", cs.D_LOSSES)
 @pytest.mark.parametrize("s", [0.0, 0.1])
 def test_losses_of_the_steps_are_the_formulas(tiny, toys, loss, s):
@@ -82,21 +78,6 @@ def test_penalty_is_the_squared_slope_by_differences(paired, toys):
     stats = cs.d_step(d, still(d), real[:4], fake[:4], paired)
     assert stats[3].item() == pytest.approx(3 / 2 * sum(slopes[:4]) / 4 + 5 / 2 * sum(slopes[4:]) / 4, rel=1e-3)
 
-def test_d_learns_from_the_penalty_by_differences(paired, toys):
-    """The second derivative: how the penalty changes when a weight of D does."""
-    d, images = cs.Discriminator(paired).double(), cs.to_network(toys[:4], paired).double()
-    images.requires_grad_()
-    weights = [p for p in d.parameters() if p.dim() > 1]
-    gradients = torch.autograd.grad(cs.gradient_penalty(d(images), images).mean(), weights)
-    for weight, gradient in zip(weights, gradients):
-        place, found = gradient.abs().argmax(), []
-        for step in (1e-6, -2e-6):
-            weight.data.view(-1)[place] += step
-            found.append(cs.gradient_penalty(d(images), images).mean().item())
-        weight.data.view(-1)[place] += 1e-6
-        slope = (found[0] - found[1]) / 2e-6
-        assert slope == pytest.approx(gradient.flatten()[place].item(), rel=1e-3)
-
 @pytest.mark.parametrize("loss, s", [("relativistic", 0.0), ("bce", 0.0), ("bce_logits", 0.2)])
 @pytest.mark.parametrize("r1, r2", [(3.0, 5.0), (2.0, 0.0), (0.0, 2.0)])
 @pytest.mark.parametrize("size", [16, 32])
@@ -120,7 +101,6 @@ def test_linear_step_is_taken_where_it_is_exact(paired, toys):
         assert cs.Training(config, toys, CPU).d_step is step
 
 # ---- the two steps
-
 @pytest.mark.parametrize("kind", ["bce", "double", "linear"])
 @pytest.mark.parametrize("learner", ["d", "g"])
 def test_a_step_moves_its_own_network_and_leaves_the_other_alone(tiny, paired, toys, kind, learner):
@@ -139,13 +119,6 @@ def test_a_step_moves_its_own_network_and_leaves_the_other_alone(tiny, paired, t
     assert losses[-1] < losses[0]
     fake.sum().backward()  # what G made is still there for G's step
 
-def test_batchnorm_of_g_counts_every_step_once(tiny, toys):
-    training = cs.Training(tiny.but(block_norm="both"), toys, CPU)
-    for _ in range(3):
-        training.advance()
-    norms = [m for m in training.generator.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(m.num_batches_tracked == 3 and m.running_mean.any() for m in norms)
-
 def test_short_training_learns():
     images, held_out = cs.toy_faces(512, 16), cs.toy_faces(128, 16, seed=1)
     config = cs.CONVERGED.but(image_size=16, width=16, batch_size=16, epochs=1, epoch_images=16 * 150,
@@ -160,7 +133,6 @@ def test_short_training_learns():
     assert read[1][0] < 0.8 * read[0][0] and read[1][1] > 0.2
 
 # ---- what a step sees
-
 def test_every_image_is_seen_once_in_a_turn_and_in_another_order_in_the_next(tiny):
     n = 16 * 16 + 5  # the last five wait for another turn
     turns = [torch.cat([cs.batch_index(16 * turn + k, n, tiny) for k in range(16)]) for turn in range(3)]
@@ -221,7 +193,6 @@ def test_lazy_d_learns_in_every_second_step_and_records_are_means(tiny, toys, mo
     assert training.record()["g_loss"] != record["g_loss"] and len(training.history) == 2
 
 # ---- rates and means
-
 def test_running_mean_forgets_half_in_its_half_life(tiny, toys):
     config, means = tiny.but(block_norm="both", ema_images=64), []
     network = cs.Generator(config)
@@ -265,7 +236,6 @@ def test_l2_is_added_to_the_gradient_and_betas_are_the_configs(tiny):
     assert {group["betas"] for group in optimizer.param_groups} == {(0.3, 0.7)}
 
 # ---- the width rule
-
 READ_Z_OR_RGB = {"cspup_first": {"stem.left.0", "stem.right.0", "stem.right.3"},
                  "deconv_first": {"stem"}, "cspup_last": {"stem"}}
 
@@ -297,7 +267,7 @@ def growth(toys, kind, lr_width):
         if kind == "generator":
             x = torch.randn(16, config.z_dim, generator=torch.Generator().manual_seed(1))
         for name, layer in network.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer.in_channels > 16:
+            if getattr(layer, "in_channels", 3) not in (3, config.z_dim // 2):
                 layer.register_forward_hook(lambda m, i, y, name=name: outputs.update({name: y.detach()}))
         network(x)
         before = dict(outputs)
@@ -305,3 +275,11 @@ def growth(toys, kind, lr_width):
         network(x)
         changes.append({name: (y - before[name]).abs().mean().item() for name, y in outputs.items()})
     return {name: math.log(changes[1][name] / changes[0][name]) / math.log(8) for name in changes[0]}
+
+def test_the_width_rule_keeps_the_change_of_layers(toys):
+    """As the authors of the parametrization check theirs. With literal rates it grows."""
+    for kind in ("generator", "discriminator"):
+        with_rule, literal = growth(toys, kind, 32), growth(toys, kind, 0)
+        with_rule.pop("to_logit", 0)  # He's scale is kept there, and what it reads moves along it
+        assert with_rule and max(with_rule.values()) < 0.25, (kind, with_rule)
+        assert min(literal.values()) > 0.4, (kind, literal)

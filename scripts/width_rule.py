@@ -1,0 +1,101 @@
+"""What the report's section "Does it hold at the assignment's size?" rests on.
+
+    python scripts/width_rule.py faces.zip      # a day on two cores; goes on where it was stopped
+
+Fills results/width.json, {measurement: record}: `converged` by exponent, width and rate; its first
+steps at widths up to the assignment's own; and how far its layers move in 1 and 4 steps."""
+import functools, json, os, sys, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
+import cspgan as cs
+
+FILE = ROOT / "results" / "width.json"
+BASE = cs.CONVERGED.but(image_size=32, lr_width=64, batch_size=64, epoch_images=12_800)
+ADAM = cs.adam
+
+def faces(source, size):
+    return cs.hold_out(cs.load_faces(source, size))
+
+def final(source, width, power, seed, mult=1.0):
+    """64,000 images at 32 px, measured like the report's runs."""
+    cs.adam = functools.partial(ADAM, power=power)
+    config = BASE.but(width=width, seed=seed, lr_g=mult * BASE.lr_g, lr_d=mult * BASE.lr_d)
+    images, held_out = faces(source, 32)
+    run = cs.train(config, images, progress=False)
+    return cs.evaluate(run, held_out, cs.reference(held_out, images, 900))
+
+def first(source, size, width, power, steps):
+    """The first steps of batch 8: losses, penalty, D's largest activation, saturated pixels."""
+    cs.adam = functools.partial(ADAM, power=power)
+    config = BASE.but(image_size=size, width=width, batch_size=8, epoch_images=25_600)
+    training = cs.Training(config, faces(source, size)[0], torch.device("cpu"))
+    seen, rows, began = {"d": 0.0, "saturated": 0.0}, [], time.monotonic()
+    for layer in training.discriminator.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(
+                lambda m, i, y: seen.update(d=max(seen["d"], y.detach().abs().max().item())))
+    training.generator.register_forward_hook(
+        lambda m, i, y: seen.update(saturated=(y.detach().abs() > 0.99).float().mean().item()))
+    for _ in range(steps):
+        seen["d"] = 0.0
+        training.advance()
+        record = training.record()
+        rows.append({key: record[key] for key in ("step", "d_loss", "g_loss", "penalty")})
+        rows[-1] |= {"largest_d": seen["d"], "saturated": seen["saturated"]}
+    return {"image_size": size, "width": width, "power": power, "batch_size": 8, "steps": rows,
+            "seconds": time.monotonic() - began, **training.environment}
+
+def layers(source, width, rule, seed):
+    """{steps: {layer: mean absolute change of its output}}, 32 px, batch 16; rule: 1 or 0."""
+    cs.adam = ADAM
+    config = BASE.but(width=width, seed=seed, batch_size=16, lr_width=64 * rule)
+    images, outputs, found = faces(source, 32)[0], {}, {}
+    training = cs.Training(config, images, torch.device("cpu"))
+    z = torch.randn(16, config.z_dim, generator=torch.Generator().manual_seed(1))
+    inputs = [("G", training.generator, z),
+              ("D", training.discriminator, cs.to_network(images[-16:], config))]
+    for kind, network, _ in inputs:
+        for name, layer in network.named_modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+                layer.register_forward_hook(
+                    lambda m, i, y, key=f"{kind} {name}": outputs.update({key: y.detach().clone()}))
+
+    @torch.no_grad()
+    def look():
+        for _, network, x in inputs:
+            network.train()(x)
+        return dict(outputs)
+
+    before = look()
+    for step in range(1, 5):
+        training.advance()
+        if step in (1, 4):
+            found[step] = {k: (y - before[k]).abs().mean().item() for k, y in look().items()}
+    return found
+
+JOBS = {f"{job.__name__} {' '.join(map(str, args))}": (job, args) for job, args in [
+    *((layers, (w, rule, seed)) for rule in (1, 0) for w in (32, 64, 128, 256, 512) for seed in (0, 1)),
+    (first, (32, 1024, 0, 15)), (first, (32, 1024, 0.5, 60)), (first, (32, 1024, 1, 300)),
+    (first, (128, 1024, 1, 60)),
+    *((final, (w, a, seed)) for w, seeds in ((64, 3), (128, 3), (256, 2)) for seed in range(seeds)
+      for a in ((1,) if w == 64 else (1, 0.5, 0))),
+    *((final, (256, 1, 0, mult)) for mult in (0.5, 2.0))]}
+
+def do(name, source):
+    torch.set_num_threads(1)
+    job, args = JOBS[name]
+    return job(source, *args)
+
+if __name__ == "__main__":
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = {pool.submit(do, name, sys.argv[1]): name for name in JOBS if name not in found}
+        for job in as_completed(jobs):
+            found[jobs[job]] = job.result()
+            text = json.dumps(dict(sorted(found.items())), indent=0)
+            cs.write_aside(FILE, lambda file: file.write(text.encode()))
+            print(time.strftime("%H:%M"), jobs[job], flush=True)
