@@ -16,7 +16,6 @@ def faces():
 def halves(faces):
     return faces[::2], faces[1::2]
 
-# ------------------------------------------------------------- known answers
 def test_a_set_against_itself(faces):
     assert cs.sliced_wasserstein(faces, faces)["avg"] == 0
     assert cs.diversity(faces, faces) == pytest.approx(1, abs=1e-6)
