@@ -113,7 +113,6 @@ def test_a_figure_is_shown_once_in_any_notebook(faces, tiny):  # case 5
     run.history[0].pop("diversity", None)
     assert cs.plot_losses(run)
 
-# ------------------------------------------------------------- references
 def literal_swd(images, corners, directions):
     """Progressive GAN's SWD of two sets, slowly: loops over images and patches, in float64. Random
     numbers are given: corners (2, N, 128) and directions (512, 147) of each level."""

@@ -185,9 +185,10 @@ def meanwhile(condition, action):
 def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, photos):
     good, dies, bad = [tmp_path / f"good{k}" for k in range(3)], tmp_path / "dies", tmp_path / "bad"
     jobs = [(tiny.but(seed=k, epochs=6), folder) for k, folder in enumerate(good)]
-    jobs[1:1] = [(tiny.but(epochs=99999), dies), (tiny.but(batch_size=500, epoch_images=None), bad)]
+    jobs = [jobs[0], (tiny.but(epochs=99999), dies), *jobs[1:],  # dies: in the second process
+            (tiny.but(batch_size=500, epoch_images=None), bad)]
     meanwhile(lambda: dies.exists() and (good[0] / "run.pt").exists(), lambda: os.kill(
-        max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL))
+        max(multiprocessing.active_children(), key=lambda p: p._identity).pid, signal.SIGKILL))
     reasons = cs.train_all(jobs, photos, measured_on=16, workers=2)
     assert reasons.keys() == {str(dies), str(bad)} and "terminated" in reasons[str(dies)]
     assert "expected a torch.uint8 tensor" in reasons[str(bad)]
