@@ -1,8 +1,7 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces.
 An experiment is one line: train(BASELINE.but(block_norm="both"), images, "results/my_idea").
-Measured (results/table.json; 900 held-out faces of aligned64.zip, 32 px, width 64, 64,000 images,
-1 CPU core, PyTorch 2.14.1): `converged` ends at SWD 19.7 +- 0.8 (lower is better; 3 seeds), DCGAN's
-generator at 54.9 +- 1.4, the course's best at 85.7 +- 11.2 (2 seeds), other real faces at 12.3.
+At 32 px, width 64, 64,000 images (results/table.json) `converged` ends at SWD 19.7 +- 0.8 (lower is
+better; 3 seeds), DCGAN's generator at 54.9, the course's best at 85.7, other real faces at 12.3.
 
 In this order: config, data, models, losses, training, presets, runs, metrics, plots. Images are
 uint8 (N, 3, S, S) but inside the networks, which see `Config.pixel_range`."""
@@ -11,7 +10,6 @@ from __future__ import annotations
 import contextlib, copy, dataclasses, functools, hashlib, io, math, multiprocessing, numbers, os
 import signal, tempfile, threading, time, zipfile
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-# A CPU convolution of denormal numbers, as where D has won, takes 100 times as long: they are 0.
+# Where D has won, numbers are denormal, and a CPU takes 100 times as long: they become 0.
 torch.set_flush_denormal(True)
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
@@ -61,14 +59,14 @@ class Config:
     epoch_images: int | None = None  # images that count as one epoch; None: as many as there are
     lr_g: float = 2e-4  # Adam's step size for G
     lr_d: float = 2e-4  # Adam's step size for D
-    lr_width: int = 0  # width at which both were found, see `adam`; 0: they are taken literally
-    lr_end: float = 1.0  # both fall on a half cosine to this share of themselves; 1: they stay
+    lr_width: int = 0  # width at which the rates were found, see `adam`; 0: they hold at every one
+    lr_end: float = 1.0  # the rates fall on a half cosine to this share of themselves; 1: they stay
     beta1: float = 0.5  # Adam; 0.5 as in DCGAN, 0.9 is PyTorch's default
     beta2: float = 0.999
     weight_decay: float = 0.0  # L2 on both networks, added to the gradient as Adam does
     ema_images: int = 0  # half-life, in images, of a running mean of G, which is then kept; 0: none
     d_every: int = 1  # D learns in every d_every-th step, G in every one
-    seed: int = 0  # of weights, noise and data order
+    seed: int = 0  # 4 seed + 0 and 1 are the seeds of weights, + 2 of noise, + 3 of data order
     def __post_init__(self) -> None:
         choices: dict[str, Any] = {
             "image_size": SIZES, "head": HEADS, "generator": GENERATORS, "ladder": LADDERS,
@@ -78,12 +76,12 @@ class Config:
                  "epoch_images": self.batch_size}
         most = {"lr_end": 1, "label_smoothing": 0.99, "beta1": 0.9999, "beta2": 0.999999,
                 "seed": 2**28, "d_fewer": [*SIZES, self.image_size].index(self.image_size) + 1}
-        for name, value in vars(self).copy().items():
+        for name, value in [x for x in vars(self).items() if x != ("epoch_images", None)]:
             if name in choices:
                 legal, wish = list(choices[name]), f"one of {list(choices[name])}"
                 good = value in legal
                 plain = legal[legal.index(value)] if good else value
-            elif name != "epoch_images" or value is not None:
+            else:
                 low, high = least.get(name, 0), most.get(name, math.inf)
                 is_real = type(self).__annotations__[name] == "float"
                 good = isinstance(value, numbers.Real if is_real else numbers.Integral)
@@ -91,7 +89,7 @@ class Config:
                 plain = (float if is_real else int)(value) if good else value
                 wish = f"a {'' if is_real else 'whole '}number from {low} to {high}"
             need(good, f"{name}={value!r}: expected {wish}")
-            object.__setattr__(self, name, value if value is None else plain)  # no NumPy number
+            object.__setattr__(self, name, plain)  # no NumPy number
     def but(self, **changes: Any) -> Config:
         """The same config with some fields changed: one experiment is one call."""
         names = [field.name for field in dataclasses.fields(self)]
@@ -156,7 +154,7 @@ class Faces(torch.utils.data.Dataset):
         found = ending in ENDINGS
         with contextlib.suppress(Exception):
             start = b"" if found else self.read(name, 32)
-            if any(Image.OPEN[kind][1](start) is True for kind in FORMATS):  # as "BMI,age" has it
+            if any(Image.OPEN[kind][1](start) is True for kind in FORMATS):  # so may a text begin
                 found = bool(Image.open(io.BytesIO(self.read(name)), formats=FORMATS))
         self.passed_over.update([] if found else [ending or "without ending"])
         return found
@@ -172,7 +170,7 @@ class Faces(torch.utils.data.Dataset):
     def decode(data: bytes, size: int) -> np.ndarray:
         """One encoded image of any mode as RGB, uint8 (3, size, size)."""
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        image.draft("RGB", (2 * size, 2 * size))  # a JPEG 4 times too large is unpacked at a half
+        image.draft("RGB", (2 * size, 2 * size))  # a far larger JPEG is unpacked at 1/2, 1/4, 1/8
         image.load()
         with contextlib.suppress(Exception):  # a malformed EXIF block says nothing of the pixels
             image = ImageOps.exif_transpose(image)
@@ -190,7 +188,8 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     `img_align_celeba`, or else most images. What is passed over is printed. None: `toy_faces`."""
     if given := os.environ.get("CSPGAN_DATA"):
         return Faces(given, SIZES[0]).source  # or its error: nothing takes the place of this
-    depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "models": 3, "competitions": 2}  # or 1
+    # How many names lead to one data set: datasets/OWNER/SLUG, competitions/NAME, else only NAME.
+    depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "models": 3, "competitions": 2}
     for place in filter(Path.is_dir, map(Path, places)):
         counts, celeba, files = Counter(), set(), Faces(place, SIZES[0])
         for name in files.names:
@@ -203,7 +202,7 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
         for path in {*place.rglob("*.[zZ][iI][pP]"), *filter(os.path.islink, place.iterdir())}:
             with contextlib.suppress(OSError, ValueError):  # half a download
                 inside = Faces(path, SIZES[0])
-                if not files.source.is_relative_to(inside.source):  # a link that goes round
+                if not files.source.is_relative_to(inside.source):  # no link to a folder above
                     counts[path] = len(inside)
                     celeba.update(path for name in inside.names if "img_align_celeba/" in name)
                 files.passed_over[".zip"] -= path.is_file() and counts[path] > 0
@@ -255,7 +254,7 @@ def decode_all(faces: Faces, file: IO[bytes]) -> None:
                     damaged.append(image)
                     continue
                 keys[key := content_key(image)] += 1
-                held.append(image) if key < 0.1 else file.write(image)
+                held.append(image) if key < 0.1 else file.write(image)  # the share of `hold_out`
     file.writelines(held)
     if damaged or keys.total() > len(keys):
         print(f"Exact copies of others: {keys.total() - len(keys):,}. Skipped {len(damaged):,}:",
@@ -313,8 +312,8 @@ class CSPup(nn.Module):
     own deconvolution and two conv 3x3; the branches are added (after arXiv 1911.11929). act: makes
     an activation. norm: BatchNorm after the first two convolutions on the right ("right"), or after
     all three and the left deconvolution ("both"). deconv: (kernel, stride, padding) of both."""
-    def __init__(self, in_channels: int, out_channels: int, act: Callable[[], nn.Module] = nn.ReLU,
-                 norm: str = "none", deconv: tuple[int, int, int] = (4, 2, 1)) -> None:
+    def __init__(self, in_channels: int, out_channels: int, act=nn.ReLU, norm: str = "none",
+                 deconv: tuple[int, int, int] = (4, 2, 1)) -> None:
         super().__init__()
         if in_channels < 2 or norm not in ("none", "right", "both"):
             raise ValueError(f"in_channels={in_channels}, norm={norm!r}: expected 2 or more")
@@ -339,11 +338,10 @@ def channel_ladder(config: Config) -> list[int]:
 
 class Generator(nn.Module):
     """The assignment's generator: z (N, z_dim) -> images (N, 3, S, S) in the config's pixel range.
-    The drawing has five CSPup and a deconvolution from z to 128x128x3, and is read in three ways.
-    "cspup_first": the boxes 4x4x1024, 8x8x512, ..., 64x64x64 are what CSPup gives, the first from z
-    as a 1x1 map; the deconvolution doubles. "deconv_first": a deconvolution gives the first box.
-    "cspup_last": so too, and the boxes are what CSPup takes: the fifth gives 128x128x32."""
-    half: torch.dtype | None = None  # precision of all layers but the last, None for float32
+    Its drawing has five boxes, CSPup 4x4x1024 to 64x64x64, and a deconvolution. By `ladder` a box
+    is what a CSPup returns, the first from z as a 1x1 map ("cspup_first"), or from z by a plain
+    deconvolution ("deconv_first"); or it is what a CSPup takes ("cspup_last")."""
+    cast: torch.dtype | None = None  # precision of all layers but the last, None for float32
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, channels = config, channel_ladder(config)
@@ -361,7 +359,7 @@ class Generator(nn.Module):
         act: Any = ACTIVATIONS[self.config.block_act]
         return CSPup(in_channels, out_channels, act, self.config.block_norm, deconv)
     def forward(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, self.half) if self.half else contextlib.nullcontext():
+        with torch.autocast(z.device.type, self.cast) if self.cast else contextlib.nullcontext():
             x = self.stem(z[:, :, None, None])                           # (N, width, 4, 4)
             x = self.blocks(x)                                           # (N, C, S/2, S/2)
         return self.to_rgb(x.float())  # half precision is coarser than a pixel: (N, 3, S, S)
@@ -376,7 +374,7 @@ class Discriminator(nn.Module):
     """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
     Stride-2 convolutions 4x4 down to 4x4 with the generator's channels in reverse, times `d_wider`;
     LeakyReLU(0.2), BatchNorm on all but the first, then one convolution over what is left."""
-    half: torch.dtype | None = None  # precision, None for float32
+    cast: torch.dtype | None = None  # precision of all layers, None for float32
     def __init__(self, config: Config) -> None:
         super().__init__()
         channels = [config.d_wider * c for c in channel_ladder(config)[config.d_fewer :][::-1]]
@@ -390,24 +388,24 @@ class Discriminator(nn.Module):
         self.to_logit = nn.Conv2d(channels[-1], 1, config.image_size >> len(channels))
         initialise(self, config.init, 4 * config.seed + 1)
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, self.half) if self.half else contextlib.nullcontext():
-            x = self.features(x)                                         # (N, d_wider width, 4, 4)
+        with torch.autocast(x.device.type, self.cast) if self.cast else contextlib.nullcontext():
+            x = self.features(x)                                         # (N, C, s, s)
             return self.to_logit(x).flatten().float()                    # (N,)
 GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
 
 def initialise(network: nn.Module, init: str, seed: int) -> None:
-    """Biases 0 and, by the network's own seed, weights of mean 0 and BatchNorm scales of mean 1.
-    "dcgan": both with deviation 0.02. "he" (arXiv 1502.01852): scales 1, weights of variance gain /
-    inputs. gain is 2 for a convolution and 1 for a deconvolution, which no activation follows. Of a
-    deconvolution a pixel sees one weight in stride^2, and one in all where 1x1 opens to 4x4."""
+    """Biases 0; weights N(0, std^2), from the network's own seed. "dcgan": std 0.02, BatchNorm's
+    scales N(1, 0.02^2). "he" (arXiv 1502.01852): scales 1, std^2 = gain / (products that are summed
+    in one output). gain: 2, or 1 for a deconvolution, as no activation follows it here. There
+    kernel^2 / stride^2 inputs overlap in one output pixel; where 1x1 opens to 4x4, one does."""
     random = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             kernel, stride = layer.kernel_size[0], layer.stride[0]
-            gain, seen = 2, kernel**2
+            gain, overlap = 2, kernel**2
             if isinstance(layer, nn.ConvTranspose2d):
-                gain, seen = 1, 1 if (kernel, stride) == (4, 1) else kernel**2 // stride**2
-            std = math.sqrt(gain / (layer.in_channels * seen)) if init == "he" else 0.02
+                gain, overlap = 1, (1 if (kernel, stride) == (4, 1) else kernel**2 // stride**2)
+            std = math.sqrt(gain / (layer.in_channels * overlap)) if init == "he" else 0.02
             nn.init.normal_(layer.weight, 0, std, generator=random)
         elif isinstance(layer, nn.BatchNorm2d) and init == "dcgan":
             nn.init.normal_(layer.weight, 1, 0.02, generator=random)
@@ -420,7 +418,7 @@ def bce(logits: Tensor, target: float) -> Tensor:
     As the course has it: below a logit of -28 the sigmoid is clamped, and G's gradient dies."""
     p = torch.sigmoid(logits)                                            # (N,)
     loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
-    return loss + 0 * logits.sum()  # brings a NaN back, on which the loss itself ends the process
+    return loss + 0 * logits.sum()  # NaN again, if there was one: in the loss it ends the process
 
 def bce_logits(logits: Tensor, target: float) -> Tensor:
     """The same value from the logits themselves: its gradient never dies."""
@@ -480,12 +478,12 @@ def d_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
     return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
 
 def d_step_linear(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
-    """`d_step` without a double backward: 4 passes through D instead of 6, and the same gradient.
-    D: convolutions and LeakyReLU only. Between its kinks it is linear, D(x) = <v, x> + b with
-    v = grad_x D(x). The gradient of a logit by a layer's weights is slope x input, slope being that
-    of the logit at the layer's output; that of gamma/2 |v|^2 is gamma slope x (what comes in when v
-    is sent through the layers without biases), for a kink has no second derivative. Both are linear
-    in what is sent, so one walk of u = dL/dD(x) x + gamma v gives their sum."""
+    """`d_step`'s gradient in 4 passes through D, not 6: no double backward. (x; back; u; back.)
+    D: convolutions and LeakyReLU, so linear between its kinks, D(x) = <v, x> + b, v = grad_x D(x).
+    The gradient by a layer's weights pairs the slope of the logit at its output with an input. For
+    the loss that is dL/dD(x) times what x brings there; for gamma/2 |v|^2 it is gamma times what v
+    brings, biases left out (a kink has no second derivative). Both are linear in what is sent, so
+    u = dL/dD(x) x + gamma v, with biases times dL/dD(x), gives the sum of both gradients."""
     discriminator.train().requires_grad_(True)
     optimizer.zero_grad()
     n, layers = len(real), [m for m in discriminator.modules() if isinstance(m, nn.Conv2d)]
@@ -504,7 +502,7 @@ def d_step_linear(discriminator, optimizer, real, fake, config, scaler=UNSCALED)
     u, outputs = torch.addcmul(gamma * v, weight, x.detach()), []        # (2n, 3, S, S)
     for k, layer in enumerate(layers):
         sent = F.conv2d(u, layer.weight, None, layer.stride, layer.padding)  # (2n, c, s, s)
-        outputs.append(sent + weight * layer.bias[:, None, None])
+        outputs.append(sent + weight * layer.bias[:, None, None])        # (2n, c, s, s)
         if k < len(bends):  # times 1 or 0.2, as this kink has decided
             u, slopes[k] = (torch.ops.aten.leaky_relu_backward(t, bends[k].detach(), 0.2, True)
                             for t in (outputs[k].detach(), slopes[k]))
@@ -528,10 +526,9 @@ def g_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
 
 def adam(network: nn.Module, config: Config, lr: float, power: float = 1.0) -> torch.optim.Adam:
     """Adam with the config's betas and L2, and the width rule if `lr_width` is given: weights whose
-    fan-in grows with the width, as a wider twin shows, get lr / (width / lr_width)^power, all
-    others lr. With power 1 this is the maximal update parametrization (arXiv 2203.03466)."""
+    fan-in grows with the width get lr / (width / lr_width)^power; power 1 is arXiv 2203.03466."""
     slower = (config.lr_width / config.width) ** power if config.lr_width else 1.0
-    with torch.device("meta"):  # takes no memory
+    with torch.device("meta"):  # takes no memory; a wider twin shows what grows
         twin = type(network)(config.but(width=config.width + 8192))
     groups: dict[float, list[Tensor]] = {}
     for layer, wider in zip(network.modules(), twin.modules()):
@@ -561,24 +558,24 @@ def batch_index(step: int, n: int, config: Config) -> Tensor:
 
 @torch.no_grad()
 def update_ema(mean: nn.Module, network: nn.Module, config: Config, step: int) -> None:
-    """One step of a running mean: after half-life images, early on a tenth of all, half is new."""
+    """Move a running mean; its half-life is ema_images, early on a tenth of all images so far."""
     new = 1 - 0.5 ** (config.batch_size / min(config.ema_images, 0.1 * step * config.batch_size))
     for a, b in zip(mean.state_dict().values(), network.state_dict().values()):
         a.lerp_(b, new) if a.is_floating_point() else a.copy_(b)
 
 class Training:
-    """All that the next step depends on, and that step; `state_dict` brings it back, bit for bit.
-    images: uint8 (N, 3, S, S). half: of both networks, None for float32, see `half_for`."""
+    """All that the next step depends on, and that step; `state_dict` keeps it, bit for bit. images:
+    uint8 (N, 3, S, S). half: precision of both networks, None for float32, see `half_for`."""
     def __init__(self, config: Config, images: Tensor, device: Any, half: Any = None) -> None:
         self.config, self.device, self.environment = config, device, environment(device)
         self.identity, on_gpu = identify(config, images), device.type == "cuda"
         fits = on_gpu and images.numel() < torch.cuda.mem_get_info(device)[0] / 4
         self.images = images.to(device) if fits else images
-        # Tensor cores take half precision in channels_last; float32 may be slower with it there.
+        # channels_last, but for float32 on a GPU, where it may be slower.
         self.layout: Any = torch.contiguous_format if on_gpu and not half else torch.channels_last
         self.generator = GENERATORS[config.generator](config).to(device, memory_format=self.layout)
         self.discriminator = Discriminator(config).to(device, memory_format=self.layout)
-        self.generator.half = self.discriminator.half = self.half = half
+        self.generator.cast = self.discriminator.cast = self.half = half
         self.kept = copy.deepcopy(self.generator) if config.ema_images else self.generator
         self.opt_g = adam(self.generator, config, config.lr_g)
         self.opt_d = adam(self.discriminator, config, config.lr_d)
@@ -629,12 +626,12 @@ class Training:
             "images": self.step * self.config.batch_size, **dict(zip(names, means))})
         return self.history[-1]
     def check_up(self, run: Run, on_epoch: Any) -> None:
-        """A snapshot, what on_epoch finds, and diversity, of 256: below 0.5 something is wrong."""
+        """A snapshot, what on_epoch finds, and the diversity of 256 samples: the collapse alarm."""
         began, real = time.monotonic(), pick(self.images, min(256, len(self.images)))
         samples = sample(run, len(real))                                 # (n, 3, S, S)
         self.snapshots.append((int(self.history[-1]["images"]), samples[:36].clone()))
         self.history[-1]["diversity"] = diversity(real, samples)
-        self.history[-1].update(on_epoch(run) if on_epoch else {})
+        self.history[-1] |= {k: float(v) for k, v in (on_epoch(run) if on_epoch else {}).items()}
         self.begun += time.monotonic() - began  # measuring is not training
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: all but what `__init__` makes from its arguments."""
@@ -644,22 +641,23 @@ class Training:
             del state[name]
         return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, on the same kind of device."""
-        self.noise.set_state(state["noise"])  # refuses another kind's
+        """Go on from what `state_dict` returned; `environment` stays that of the start."""
+        if state["noise"].shape == self.noise.get_state().shape:  # else from another kind of device
+            self.noise.set_state(state["noise"])
         self.begun = time.monotonic() - state["seconds"]
         for name in state.keys() - {"noise", "seconds"}:
             value, mine = state[name], getattr(self, name)
             if not hasattr(mine, "load_state_dict"):
                 setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
-            elif value:  # a scaler that scales nothing has no state
+            elif value:  # nothing is known of a scaler that scales nothing, and see `save`
                 mine.load_state_dict(value)
 
-def half_for(config: Config, images: Tensor, device: torch.device, half: Any = None) -> Any:
+def half_for(config: Config, images: Tensor, device: torch.device) -> torch.dtype | None:
     """Half precision on a GPU, if there are no penalties: bfloat16 from compute capability 8 on,
     else float16. None, float32, if four steps in both from one start disagree, which is said."""
+    half, losses = None, {}
     if device.type == "cuda" and not (config.r1 or config.r2):
         half = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float16
-    losses = {}
     for precision in (None, half) if half else ():
         training = Training(config, images, device, precision)
         for _ in range(4):
@@ -711,7 +709,7 @@ ABLATIONS = {f"without_{part}": CONVERGED.but(**change) for part, change in {
 
 # ------------------------------------------------------------------------------------------ runs
 _, _, CODE = Path(__file__).read_text(encoding="utf-8").partition("- models\n")
-CODE = hashlib.sha1(CODE.partition("- presets\n")[0].encode()).hexdigest()[:8]  # at import
+CODE = hashlib.sha1(CODE.partition("- presets\n")[0].encode()).hexdigest()[:8]  # of what trains
 
 @dataclasses.dataclass
 class Run:
@@ -721,7 +719,7 @@ class Run:
     generator: nn.Module  # with the running mean of its weights, where the config asks for one
     snapshots: list[tuple[int, Tensor]]  # (images seen, uint8 (36, 3, S, S)), always the same noise
     environment: dict[str, str]  # hardware, torch, date and the hash of models, losses, training
-    stopped: str = ""  # why it ended early, if it did
+    stopped: str = ""  # why it ended early: a signal, "time", or a loss that is not finite
     @property
     def finished(self) -> bool:
         done = bool(self.history) and self.history[-1]["epoch"] >= self.config.epochs
@@ -740,11 +738,10 @@ def train(config: Config, images: Tensor, run_dir: Any = None, progress: Any = T
           on_epoch: Any = None, time_budget: float = math.inf, save_every: float = 600) -> Run:
     """Train one generator on images, uint8 (N, 3, S, S). run_dir: where the run lives, see `begin`.
     The history has a record for each of some 200 windows, with means over it: step, epoch, images,
-    seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits); at an epoch's end also what
-    on_epoch(run) returns, and diversity. progress: a bar, none, or a function that is told the
-    images of every step. After time_budget (hours), Ctrl-C, 'Interrupt kernel' or SIGTERM the run
-    is saved and returned, and the same call goes on with it, bit for bit on a CPU; after a crash,
-    from save_every seconds before at most. A loss that is not finite ends it: `Run.stopped`."""
+    seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits); after an epoch also
+    diversity and what on_epoch(run) returns. progress: a bar, none, or a function of a step's
+    images. After time_budget (hours), Ctrl-C, 'Interrupt kernel' or SIGTERM the run is saved and
+    returned; the same call goes on, bit for bit on a CPU; a crash costs save_every seconds."""
     training = begin(config, images, folder := Path(run_dir) if run_dir is not None else None)
     run = Run(config, training.history, training.kept, training.snapshots, training.environment)
     windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
@@ -778,33 +775,32 @@ run_or_load = train  # a finished run is loaded, and that is said
 def begin(config: Config, images: Tensor, folder: Path | None) -> Training:
     """The training in folder/run.pt, or a new one. The folder of another config, of other images or
     with a damaged run.pt gets another name. More epochs are granted if the rates do not fall."""
-    identity, device, reason = identify(config, images), best_device(), ""
+    identity, device, state, reason = identify(config, images), best_device(), {}, ""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, not after the training
     if folder and (folder / "run.pt").exists():
         try:
             state = torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
-            there, made = state["identity"], state["environment"]
+            there, over = state["identity"], state["step"] >= config.epochs * state["epoch_steps"]
             if config.lr_end == 1 and there["epochs"] < config.epochs:
                 there["epochs"] = config.epochs  # a constant rate knows of no end
             for name, value in {**dataclasses.asdict(BASELINE), **there}.items():  # or newer fields
                 if value != identity.get(name):
                     reason += f"{name}={value} there, {identity.get(name)} here; "
-            if not reason:
-                over = state["step"] >= config.epochs * state["epoch_steps"]
-                half = None if over else half_for(config, images, device)
-                training = Training(config, images, device, half)
-                training.load_state_dict(state)
-                print(f"{folder} [{config.label()}]: loaded at step {training.step} of "
-                      f"{training.steps}, {made['date']}, {made['hardware']}, code {made['code']}.")
-                return training
         except Exception as error:  # whatever a damaged file raises
             reason = f"damaged: {said(error)}"
+    if reason:
         kept = next(p for k in range(1, 999) if not (p := Path(f"{folder}.old{k}")).exists())
         folder.rename(kept), folder.mkdir()
         print(f"{folder} held another run ({reason}), which is now {kept}: it begins anew.")
-    return Training(config, images, device, half_for(config, images, device))
+    if reason or not state:
+        return Training(config, images, device, half_for(config, images, device))
+    training = Training(config, images, device, None if over else half_for(config, images, device))
+    training.load_state_dict(state)
+    print(f"{folder} [{config.label()}]: loaded at step {training.step} of {training.steps}, "
+          f"begun with {training.environment}.")
+    return training
 
 def identify(config: Config, images: Tensor) -> dict[str, Any]:
     """What equal runs have in common: config, and the images' shape and content. Bad ones raise."""
@@ -818,11 +814,11 @@ def identify(config: Config, images: Tensor) -> dict[str, Any]:
     return {**dataclasses.asdict(config), "data": f"{tuple(images.shape)} {content}"}
 
 def save(training: Training, folder: Path) -> None:
-    """Write folder/run.pt, unless the weights are not finite. A full disk is said, no more."""
+    """Write folder/run.pt, unless weights are not finite. A full disk is said; the run goes on."""
     state = training.state_dict()
     if training.step >= training.steps and training.config.lr_end < 1:
         state["opt_g"] = state["opt_d"] = {}  # most of the file, and nothing can follow
-    if all(weight.isfinite().all() for weight in training.discriminator.parameters()):
+    if all(x.isfinite().all() for k in ("generator", "discriminator") for x in state[k].values()):
         try:
             write_aside(folder / "run.pt", lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
@@ -832,36 +828,38 @@ def load_run(folder: str | Path) -> Run:
     """The run in a folder, without its images."""
     if not (path := Path(folder) / "run.pt").exists():
         raise FileNotFoundError(f"{path}: no run. Train one: train(config, images, {folder!r})")
-    state = torch.load(path, map_location=best_device(), weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     config = Config(**{name: value for name, value in state["identity"].items() if name != "data"})
     generator = GENERATORS[config.generator](config).to(best_device())
     generator.load_state_dict(state["kept"])
     return Run(config, state["history"], generator, state["snapshots"], state["environment"])
 
-def watch(held_out: Tensor, n: int) -> Callable[[Run], dict[str, float]]:
+def watch(held_out: Tensor, n: int) -> Any:
     """An on_epoch for `train`: SWD and coverage of up to n samples, against held-out images."""
     real = pick(held_out, min(n, len(held_out)))
     return lambda run: {"swd": sliced_wasserstein(real, fake := sample(run, len(real)))["avg"],
                         "coverage": coverage(real, fake)}
 
-SEEN: list[Any] = []  # in a process of `train_all`: the count of images that all of them share
+PLACE: list[Any] = []  # in a process of `train_all`: images that each has seen, its own number
 split_faces = functools.lru_cache(1)(lambda source, size: hold_out(load_faces(source, size)))
-def begin_work(gpu: int | None, seen: Any) -> None:
+def begin_work(seen: Any, place: int, gpus: int) -> None:
+    """What such a process does first. It ends with its parent, even if that one is killed."""
     def follow() -> None:
         multiprocessing.parent_process().join()
-        while not os.kill(os.getpid(), signal.SIGTERM):  # the first saves the run, the next ends
-            time.sleep(30)
-    SEEN.append(seen)
+        os.kill(os.getpid(), signal.SIGTERM)  # saves the run, if there is one
+        time.sleep(30)
+        os._exit(1)
+    PLACE.extend((seen, place))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
-    gpu is None or torch.cuda.set_device(gpu)
+    if gpus:
+        torch.cuda.set_device(place % gpus)
 
 def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tuple[str, str]:
     """One run in such a process: (why it is not finished or "", what it printed)."""
     def tick(images: int) -> None:
-        with SEEN[0].get_lock():
-            SEEN[0].value += images
+        PLACE[0][PLACE[1]] += images
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         images, held_out = split_faces(source, config.image_size)
         run = train(config, images, folder, tick, watch(held_out, n), hours)
@@ -875,38 +873,41 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
     time_budget: hours, for all of them. workers: so many side by side, 0 for all that can be.
     Returns {folder: why it is not finished}. A run that fails, or a process that dies, costs no
     other. Ctrl-C and SIGTERM save all and raise. Scripts need `if __name__ == "__main__":`."""
+    for size in {config.image_size for config, _ in jobs if source}:
+        load_faces(source, size)  # decoded once, not by each of the processes
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
-    spawn, ends = multiprocessing.get_context("spawn"), time.monotonic() + 3600 * time_budget
-    seen, waiting, stopping = spawn.Value("q", 0), [*jobs], False  # images, of all runs together
+    spawn, ends = multiprocessing.get_context("spawn"), time.monotonic() / 3600 + time_budget
     free, pools, busy, reasons = [*range(workers or gpus or os.cpu_count() or 1)], {}, {}, {}
+    seen, waiting, told = spawn.RawArray("q", len(free)), [*jobs], False  # no lock to die with
     total = sum(config.epochs * (config.epoch_images or 0) for config, _ in jobs)
     with progress_bar(total, f"{len(jobs)} runs") as bar, stop_signals() as stops:
         while waiting and not stops or busy:
             while waiting and free and not stops:
                 (config, folder), place = waiting.pop(0), free.pop(0)
-                setup, hours = (place if gpus else None, seen), (ends - time.monotonic()) / 3600
+                setup, hours = (seen, place, gpus), ends - time.monotonic() / 3600
                 pools[place] = pools.get(place) or ProcessPoolExecutor(1, spawn, begin_work, setup)
                 job = pools[place].submit(do_job, config, folder, source, measured_on, hours)
                 busy[job] = place, folder
             for job in wait(busy, 0.5, FIRST_COMPLETED).done:
                 place, folder = busy.pop(job)
                 free.append(place)
-                if error := job.exception():  # of the run, or BrokenProcessPool
+                if error := job.exception():  # the run's, and its memory is freed; or a death
                     pools.pop(place).shutdown(wait=False)
                 reason, printed = (said(error), "") if error else job.result()
                 reasons.update({str(folder): reason} if reason else {})
                 bar.write(f"{printed.strip() or folder} {reason}") if printed or reason else None
-            bar.update(seen.value - bar.n)
-            if stops and not stopping:  # SIGTERM: they save their runs
-                stopping = [child.terminate() for child in multiprocessing.active_children()]
+            bar.update(sum(seen) - bar.n)
+            for child in multiprocessing.active_children() if stops and not told else ():
+                told = True
+                child.terminate()  # SIGTERM: it saves its run
     for pool in pools.values():
         pool.shutdown()
     if stops:
         raise KeyboardInterrupt(f"{stops[0]}: the same call goes on with the runs in progress")
     return reasons
 
-def write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new, never half."""
+def write_aside(path: Path, write: Any) -> None:
+    """write(file) beside path, flush, rename: a reader sees the old file or the new, never half."""
     part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
         with open(part, "wb") as file:
@@ -958,8 +959,7 @@ def said(error: BaseException) -> str:
 def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
     """Sliced Wasserstein distance of Progressive GAN (arXiv 1710.10196), x1e3; lower is better. Of
     uint8 (N, 3, S, S), equally many: {"64": .., "32": .., "16": .., "avg": ..}, the distance of 7x7
-    patches at each level of a Laplacian pyramid, and the mean. Its floor falls as N grows. A shift
-    of all colours is seen by `coverage` only."""
+    patches at each level of a Laplacian pyramid. Its floor falls with N. Blind to colour shifts."""
     need(real.shape == fake.shape and real.dtype == fake.dtype == torch.uint8, f"real {real.dtype} "
          f"{[*real.shape]}, fake {fake.dtype} {[*fake.shape]}: expected uint8 (N, 3, S, S), alike")
     random, distances = torch.Generator().manual_seed(seed), {}

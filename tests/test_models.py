@@ -1,6 +1,5 @@
 """Shapes, parameter counts by independent arithmetic, branches, gradients, initial weights."""
 import copy, inspect, math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -101,7 +100,7 @@ def test_block_has_its_layers_in_the_order_of_the_drawing(norm, left, right, act
     assert [(letters(b.left), letters(b.right)) for b in blocks] == [(left, right)] * 3
 
 def test_block_copied_elsewhere_needs_only_torch():
-    scope = {"torch": torch, "nn": nn, "Callable": Callable}
+    scope = {"torch": torch, "nn": nn}
     exec(inspect.getsource(CSPup), scope)
     for norm in ("none", "both"):
         x = torch.randn(2, 8, 2, 2)
