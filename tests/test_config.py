@@ -23,9 +23,7 @@ CONVERGED = {**H1, "loss": "relativistic", "r1": 2.0, "r2": 2.0, "d_norm": False
              "init": "he", "head": "tanh", "flip": True, "beta1": 0.0, "beta2": 0.9, "lr_g": 2e-3,
              "lr_d": 2e-3, "lr_width": 64, "lr_end": 0.1, "ema_images": 20_000}
 CHANGES = {
-    "baseline": {},
-    "h0_more_epochs": {"epochs": 20},
-    "h1_bn_leaky": H1,
+    "baseline": {}, "h0_more_epochs": {"epochs": 20}, "h1_bn_leaky": H1,
     "h2_l2_big_batch": {**H1, "batch_size": 256, "weight_decay": 1e-4},
     "h3_smooth_tanh": {**H1, "label_smoothing": 0.1, "lr_d": 3e-4, "lr_g": 8e-4, "head": "tanh"},
     "tanh_bn": {**TANH_BN, "lr_g": 1e-4, "lr_d": 1e-4},
@@ -35,16 +33,12 @@ CHANGES = {
     "slow_d_equal_rates": {**TANH_BN, "lr_g": 2e-4, "lr_d": 2e-4},
     "unit_range": {**TANH_BN, "lr_g": 2e-4, "lr_d": 2e-5, "head": "sigmoid"},
     "dcgan": {"generator": "dcgan", "lr_g": 1e-4, "lr_d": 1e-4},
-    "bce_logits": {"loss": "bce_logits"},
-    "lazy_d": {"d_every": 2},
-    "shallow_d": {"d_fewer": 1},
-    "leaky_block": {"block_act": "leaky_relu"},
-    "batch_64": {"batch_size": 64},
+    "bce_logits": {"loss": "bce_logits"}, "lazy_d": {"d_every": 2}, "shallow_d": {"d_fewer": 1},
+    "leaky_block": {"block_act": "leaky_relu"}, "batch_64": {"batch_size": 64},
     "no_bn_d": {"ladder": "deconv_first", "deconv_kernel": 2, "block_act": "leaky_relu",
                 "head": "relu", "d_norm": False},
     "two_to_one": {"block_norm": "both", "head": "tanh", "lr_g": 2e-4, "lr_d": 1e-4},
-    "adam_default": {"beta1": 0.9},
-    "smooth_labels": {**H1, "label_smoothing": 0.1},
+    "adam_default": {"beta1": 0.9}, "smooth_labels": {**H1, "label_smoothing": 0.1},
     "tanh_head": {**H1, "head": "tanh"},
     "h3_rates": {**H1, "lr_d": 3e-4, "lr_g": 8e-4},
     "converged": CONVERGED}
@@ -59,7 +53,7 @@ def test_ablations_take_one_part_out_of_converged():
              "without_bn_in_g": {"block_norm": "none"}, "without_he": {"init": "dcgan"},
              "without_wide_d": {"d_wider": 1}, "without_flip": {"flip": False},
              "without_ema": {"ema_images": 0}}
-    whole = dataclasses.asdict(PRESETS["converged"])
+    whole = {**PLAIN, **CONVERGED}
     assert cs.ABLATIONS.keys() == parts.keys()
     for name, change in parts.items():
         assert dataclasses.asdict(cs.ABLATIONS[name]) == {**whole, **change} != whole, name

@@ -154,15 +154,12 @@ def test_swd_agrees_with_a_literal_reference(halves, damage):
     assert fast["avg"] == pytest.approx((fast["32"] + fast["16"]) / 2)
 
 # ------------------------------------------------------------- FID, where it can be had
-def fidelity(monkeypatch, calculate):
-    module = calculate and types.SimpleNamespace(calculate_metrics=calculate)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", module)  # None: as if not installed
-
 def test_fid_is_a_dash_with_the_reason_where_it_cannot_be_had(halves, monkeypatch):
     def no_network(**options):
         raise OSError("no route to the weights")
-    for calculate, words in ((None, "torch_fidelity"), (no_network, "no route to the weights")):
-        fidelity(monkeypatch, calculate)
+    broken = types.SimpleNamespace(calculate_metrics=no_network)
+    for module, words in ((None, "torch_fidelity"), (broken, "no route to the weights")):
+        monkeypatch.setitem(sys.modules, "torch_fidelity", module)  # None: as if not installed
         found = cs.fid_kid(*halves)
         assert found["fid"] is None and found["kid"] is None and words in found["no_fid"]
 
@@ -173,5 +170,6 @@ def test_fid_hands_torch_fidelity_two_sets_of_bytes(halves, monkeypatch):
             assert dataset[3].dtype == torch.uint8 and torch.equal(dataset[3], images[3])
         assert options["fid"] and options["kid"] and options["kid_subset_size"] == 128
         return {"frechet_inception_distance": 12.5, "kernel_inception_distance_mean": 0.25}
-    fidelity(monkeypatch, calculate)
+    found = types.SimpleNamespace(calculate_metrics=calculate)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", found)
     assert cs.fid_kid(*halves) == {"fid": 12.5, "kid": 0.25, "no_fid": ""}

@@ -108,6 +108,16 @@ def test_damaged_file_is_named_and_put_aside(tiny, toys, tmp_path, capsys, damag
     assert "damaged" in capsys.readouterr().out and Path("run.old1/run.pt").read_bytes() == bad
     assert not Path("executed").exists()
 
+def test_a_good_file_goes_on_elsewhere_and_is_never_called_damaged(tiny, toys, tmp_path, capsys, monkeypatch):
+    cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False, time_budget=0)
+    file = tmp_path / "run/run.pt"  # of a GPU, whose random numbers have a short state
+    torch.save({**torch.load(file), "noise": torch.zeros(16, dtype=torch.uint8)}, file)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # as out of memory
+        patch.setattr(cs, "half_for", lambda *_: 1 / 0)
+        cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False)
+    assert cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False).finished
+    assert "loaded at step 1 of" in capsys.readouterr().out
+
 def test_another_run_in_the_folder_is_kept_under_another_name(tiny, toys, tmp_path, capsys):
     first = cs.train(tiny, toys, tmp_path / "run", progress=False)
     cs.train(tiny.but(lr_d=1e-3), toys, tmp_path / "run", progress=False)
@@ -168,7 +178,8 @@ def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, mon
 @pytest.fixture
 def photos(tmp_path, monkeypatch, toys):
     """A folder of pictures, whose cache will not lie in the home of whoever runs the tests."""
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the workers
+    monkeypatch.setattr(cs.load_faces, "__defaults__", (tmp_path / ".cache/cspgan",))
     (tmp_path / "photos").mkdir()
     for k, image in enumerate(toys[:200]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"photos/{k}.png")
@@ -182,7 +193,7 @@ def meanwhile(condition, action):
         action()
     threading.Thread(target=follow, daemon=True).start()
 
-def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, photos):
+def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, photos, capsys):
     good, dies, bad = [tmp_path / f"good{k}" for k in range(3)], tmp_path / "dies", tmp_path / "bad"
     jobs = [(tiny.but(seed=k, epochs=6), folder) for k, folder in enumerate(good)]
     jobs = [jobs[0], (tiny.but(epochs=99999), dies), *jobs[1:],  # dies: in the second process
@@ -192,6 +203,7 @@ def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, phot
     reasons = cs.train_all(jobs, photos, measured_on=16, workers=2)
     assert reasons.keys() == {str(dies), str(bad)} and "terminated" in reasons[str(dies)]
     assert "expected a torch.uint8 tensor" in reasons[str(bad)]
+    assert capsys.readouterr().out.count("Decoding") == 1
     runs = [cs.load_run(folder) for folder in good]
     assert all(run.finished and "swd" in run.history[-1] for run in runs)
     assert all(run.environment["hardware"] == "1 CPU core" for run in runs)
