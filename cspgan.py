@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-# Where D has won, numbers are denormal, and a CPU takes 100 times as long: they become 0.
-torch.set_flush_denormal(True)
+torch.set_flush_denormal(True)  # where D has won, a CPU is 100 times as slow with denormal numbers
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
 def need(is_right: Any, message: str) -> None:
@@ -49,7 +48,7 @@ class Config:
     d_norm: bool = True  # BatchNorm on all its convolutions but the first and the last
     d_wider: int = 1  # its channels, times those of G
     d_fewer: int = 0  # stride-2 convolutions left out of D, the deepest first
-    init: str = "dcgan"  # weights N(0, 0.02), or "he": scaled so that activations keep their size
+    init: str = "dcgan"  # weights N(0, 0.02), or "he": activations keep their size (`initialise`)
     loss: str = "bce"  # "bce" (after a sigmoid, as the course has it), "bce_logits", "relativistic"
     label_smoothing: float = 0.0  # D's target for real images is 1 minus this; not "relativistic"
     r1: float = 0.0  # weight gamma of the penalty gamma/2 |grad D|^2 at real images
@@ -92,10 +91,10 @@ class Config:
             object.__setattr__(self, name, plain)  # no NumPy number
     def but(self, **changes: Any) -> Config:
         """The same config with some fields changed: one experiment is one call."""
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [*vars(self)]
         for name in changes.keys() - set(names):
-            expected = get_close_matches(name, names, n=1) or names
-            need(False, f"Config has no field {name!r}: expected one of {expected}")
+            near = get_close_matches(name, names, 1)
+            need(False, f"Config has no field {name!r}: expected one of {near or names}")
         return dataclasses.replace(self, **changes)
     def label(self, base: Config | None = None) -> str:
         """The difference from `base` (None: BASELINE) in words: "lr_d=0.0003, head=tanh"."""
@@ -355,6 +354,7 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(*(self.up(c, out, double) for c, out in pairs))
         self.to_rgb = nn.Sequential(nn.ConvTranspose2d(channels[-1], 3, *to_rgb), head)
         initialise(self, config.init, 4 * config.seed)
+        self.to_rgb[0].weight.data *= 0.25 if config.init == "he" else 1  # else pixels saturate
     def up(self, in_channels: int, out_channels: int, deconv: tuple[int, int, int]) -> nn.Module:
         act: Any = ACTIVATIONS[self.config.block_act]
         return CSPup(in_channels, out_channels, act, self.config.block_norm, deconv)

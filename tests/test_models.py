@@ -154,9 +154,9 @@ def test_initial_weights_of_he():
         "stem.left.0": 1 / 50, "stem.right.0": 2 / 50, "stem.right.3": 1 / 50,
         "stem.right.4": 2 / (9 * 128), "stem.right.7": 2 / (9 * 128),
         "blocks.0.left.0": 1 / (4 * 64), "blocks.0.right.0": 2 / 64,
-        "blocks.0.right.3": 1 / (4 * 64), "blocks.0.right.4": 2 / (9 * 64), "to_rgb.0": 1 / (4 * 32),
+        "blocks.0.right.3": 1 / (4 * 64), "blocks.0.right.4": 2 / (9 * 64), "to_rgb.0": 1 / (64 * 32),
         "features.0": 2 / (16 * 3), "features.2": 2 / (16 * 32), "to_logit": 2 / (16 * 128)}
-    expected_last = {"stem": 1 / 100, "blocks.0.left.0": 1 / 64, "to_rgb.0": 1 / (9 * 16)}
+    expected_last = {"stem": 1 / 100, "blocks.0.left.0": 1 / 64, "to_rgb.0": 1 / (144 * 16)}
     for found, variances in ((layers_of(Generator(config), Discriminator(config)), expected),
                              (layers_of(Generator(last)), expected_last)):
         for name, variance in variances.items():
