@@ -41,6 +41,15 @@ def loud(source, width, power, seed, mult=1.0):
     with patch.object(cs.Generator, "__init__", at_full_scale):
         return final(source, width, power, seed, mult)
 
+def course(source, name, width, seed):
+    """A recipe of the course at another width, half its batch, its rates as they were written."""
+    preset = cs.PRESETS[name]
+    config = preset.but(image_size=32, width=width, batch_size=preset.batch_size // 2, seed=seed,
+                        epochs=5, epoch_images=12_800)
+    images, held_out = faces(source, 32)
+    run = cs.train(config, images, progress=False)
+    return {"preset": name, **cs.evaluate(run, held_out, cs.reference(held_out, images, 900))}
+
 def first(source, size, width, power, steps):
     """The first steps of batch 8: losses, penalty, D's largest activation, saturated pixels."""
     cs.adam = functools.partial(ADAM, power=power)
@@ -96,7 +105,9 @@ JOBS = {f"{job.__name__} {' '.join(map(str, args))}": (job, args) for job, args 
     (first, (128, 1024, 1, 60)),
     *((job, (w, a, seed)) for w, seeds in ((64, 3), (128, 3), (256, 2)) for seed in range(seeds)
       for job, a in ((final, 1), (loud, 1), (loud, 0.5), (loud, 0)) if w > 64 or a == 1),
-    *((loud, (256, 1, 0, mult)) for mult in (0.5, 2.0))]}
+    *((loud, (256, 1, 0, mult)) for mult in (0.5, 2.0)),
+    *((course, (name, w, 0)) for w in (64, 128, 256)
+      for name in ("baseline", "h1_bn_leaky", "h3_smooth_tanh", "slow_d", "dcgan"))]}
 
 def do(name, source):
     torch.set_num_threads(1)
