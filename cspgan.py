@@ -74,7 +74,7 @@ class Config:
         least = {"z_dim": 2, "width": 2, "batch_size": 2, "d_wider": 1, "epochs": 1, "d_every": 1,
                  "epoch_images": self.batch_size}
         most = {"lr_end": 1, "label_smoothing": 0.99, "beta1": 0.9999, "beta2": 0.999999,
-                "seed": 2**28, "d_fewer": [*SIZES, self.image_size].index(self.image_size) + 1}
+                "seed": 2**14 - 1, "d_fewer": [*SIZES, self.image_size].index(self.image_size) + 1}
         for name, value in [x for x in vars(self).items() if x != ("epoch_images", None)]:
             if name in choices:
                 legal, wish = list(choices[name]), f"one of {list(choices[name])}"
@@ -114,7 +114,7 @@ Image.init()
 FORMATS = [kind for kind in "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()
            if kind in Image.OPEN]  # of cameras, browsers and data sets; EPS would start Ghostscript
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  # one a process
+open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  # not to be shared
 
 class Faces(torch.utils.data.Dataset):
     """The images of a folder or zip, sub-folders too, for any DataLoader: [i] -> uint8 (3, size,
@@ -246,7 +246,7 @@ def decode_all(faces: Faces, file: IO[bytes]) -> None:
             return str(error).removeprefix(f"{faces.source}/")
     damaged, held, keys = [], [], Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(faces), "decoding") as bar:
-        for start in range(0, len(faces), 512):  # bounds the memory
+        for start in range(0, len(faces), 512):  # no more wait in memory
             for image in pool.map(decode, range(len(faces))[start : start + 512]):
                 bar.update()
                 if isinstance(image, str):
@@ -396,7 +396,7 @@ GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
 def initialise(network: nn.Module, init: str, seed: int) -> None:
     """Biases 0; weights N(0, std^2), from the network's own seed. "dcgan": std 0.02, BatchNorm's
     scales N(1, 0.02^2). "he" (arXiv 1502.01852): scales 1, std^2 = gain / (products that are summed
-    in one output). gain: 2, or 1 for a deconvolution, as no activation follows it here. There
+    in one output). gain: 2, or 1 for a deconvolution, as in CSPup no activation follows it. There
     kernel^2 / stride^2 inputs overlap in one output pixel; where 1x1 opens to 4x4, one does."""
     random = torch.Generator().manual_seed(seed)
     for layer in network.modules():
@@ -418,7 +418,7 @@ def bce(logits: Tensor, target: float) -> Tensor:
     As the course has it: below a logit of -28 the sigmoid is clamped, and G's gradient dies."""
     p = torch.sigmoid(logits)                                            # (N,)
     loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
-    return loss + 0 * logits.sum()  # NaN again, if there was one: in the loss it ends the process
+    return loss + 0 * logits.sum()  # NaN again, if there was one: CUDA's loss would end the process
 
 def bce_logits(logits: Tensor, target: float) -> Tensor:
     """The same value from the logits themselves: its gradient never dies."""
@@ -448,10 +448,9 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
 def equilibrium(config: Config) -> tuple[float, float]:
     """(D loss, G loss) where images are as real ones: the best D says p = (1 - s) / 2 everywhere
     (Goodfellow 2014, proposition 1, with smoothing s). Each term is ln 2 if s is 0."""
-    p = (1 - config.label_smoothing) / 2
-    if config.loss == "relativistic":
-        return math.log(2), math.log(2)
-    return -2 * p * math.log(p) - 2 * (1 - p) * math.log(1 - p), -math.log(p)
+    s = config.label_smoothing
+    logit = torch.tensor(math.log((1 - s) / (1 + s)), dtype=torch.float64)  # of that p: ()
+    return D_LOSSES[config.loss](logit, logit, s).item(), G_LOSSES[config.loss](logit, logit).item()
 
 # -------------------------------------------------------------------------------------- training
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # float16 (6e-8 to 65,504) has another
@@ -478,12 +477,13 @@ def d_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
     return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
 
 def d_step_linear(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
-    """`d_step`'s gradient in 4 passes through D, not 6: no double backward. (x; back; u; back.)
-    D: convolutions and LeakyReLU, so linear between its kinks, D(x) = <v, x> + b, v = grad_x D(x).
-    The gradient by a layer's weights pairs the slope of the logit at its output with an input. For
-    the loss that is dL/dD(x) times what x brings there; for gamma/2 |v|^2 it is gamma times what v
-    brings, biases left out (a kink has no second derivative). Both are linear in what is sent, so
-    u = dL/dD(x) x + gamma v, with biases times dL/dD(x), gives the sum of both gradients."""
+    """`d_step` without a double backward: 4 passes through D, not 6. D: convolutions and LeakyReLU,
+    so linear between its kinks, D(x) = <v, x> + b, v = grad_x D(x). Let x_k be the input of layer k
+    when x goes through D, v_k when v does, without biases, and slope_k the gradient of D(x) by that
+    layer's output. The gradient by its weights pairs slope_k with dL/dD(x) x_k for the loss, and
+    with gamma v_k for gamma/2 |v|^2 (a kink has no second derivative): in sum with u_k, where
+    u = dL/dD(x) x + gamma v goes through D, and biases count dL/dD(x) times.
+    Passes: x; back, for v and all slope_k; u; back, for the pairs of slope_k and u_k."""
     discriminator.train().requires_grad_(True)
     optimizer.zero_grad()
     n, layers = len(real), [m for m in discriminator.modules() if isinstance(m, nn.Conv2d)]
@@ -516,7 +516,7 @@ def g_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
     real, fake: (N, 3, S, S), fake with its graph; D is left alone. Returns the detached loss."""
     discriminator.train().requires_grad_(False)
     optimizer.zero_grad()
-    d_real = discriminator(real) if config.loss == "relativistic" else None  # (N,)
+    d_real = None if "bce" in config.loss else discriminator(real)       # (N,)
     d_fake = discriminator(fake)                                         # (N,)
     g_loss = G_LOSSES[config.loss](d_real, d_fake)                       # ()
     scaler.scale(g_loss).backward()
@@ -528,7 +528,7 @@ def adam(network: nn.Module, config: Config, lr: float, power: float = 1.0) -> t
     """Adam with the config's betas and L2, and the width rule if `lr_width` is given: weights whose
     fan-in grows with the width get lr / (width / lr_width)^power; power 1 is arXiv 2203.03466."""
     slower = (config.lr_width / config.width) ** power if config.lr_width else 1.0
-    with torch.device("meta"):  # takes no memory; a wider twin shows what grows
+    with torch.device("meta"):  # takes no memory; any wider twin shows what grows
         twin = type(network)(config.but(width=config.width + 8192))
     groups: dict[float, list[Tensor]] = {}
     for layer, wider in zip(network.modules(), twin.modules()):
@@ -551,7 +551,7 @@ def to_uint8(images: Tensor, config: Config) -> Tensor:
     return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 def batch_index(step: int, n: int, config: Config) -> Tensor:
-    """Which of n images a step sees, (batch_size,): each once, before any comes again."""
+    """Which of n images a step sees, (batch_size,): of all, each at most once in a turn."""
     turn, k = divmod(step, n // config.batch_size)
     random = torch.Generator().manual_seed((turn << 16) + 4 * config.seed + 3)  # 32 bits count
     return torch.randperm(n, generator=random)[k * config.batch_size : (k + 1) * config.batch_size]
@@ -591,7 +591,7 @@ class Training:
         self.epoch_steps = (config.epoch_images or len(images)) // config.batch_size
         self.steps = config.epochs * self.epoch_steps
     def advance(self) -> None:
-        """One step of D and one of G, on the same images and noise. It never waits for a GPU."""
+        """A step of D and one of G, on the same images and noise, without waiting for a GPU."""
         config, n = self.config, self.config.batch_size
         fall = (1 + math.cos(math.pi * self.step / self.steps)) / 2
         for group in (*self.opt_g.param_groups, *self.opt_d.param_groups):
@@ -612,7 +612,7 @@ class Training:
         if config.ema_images:
             update_ema(self.kept, self.generator, config, self.step)
         stats = torch.cat([self.d_stats, torch.stack([g_loss, torch.ones_like(g_loss)])])  # (6,)
-        if self.half == torch.float16:  # what its scaler skips is no news
+        if self.half == torch.float16:  # a step that overflowed, and was skipped, is not counted
             stats = torch.where(stats.isfinite().all(), stats, 0)
         self.sums += stats
     def record(self) -> dict[str, float]:
@@ -649,7 +649,7 @@ class Training:
             value, mine = state[name], getattr(self, name)
             if not hasattr(mine, "load_state_dict"):
                 setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
-            elif value:  # nothing is known of a scaler that scales nothing, and see `save`
+            elif value:  # empty for a scaler that is off, and for Adam after the end: `save`
                 mine.load_state_dict(value)
 
 def half_for(config: Config, images: Tensor, device: torch.device) -> torch.dtype | None:
@@ -770,7 +770,7 @@ def train(config: Config, images: Tensor, run_dir: Any = None, progress: Any = T
     if not run.finished:
         print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped}).")
     return run
-run_or_load = train  # a finished run is loaded, and that is said
+run_or_load = train  # what it does, for a notebook: a finished run is loaded, and that is said
 
 def begin(config: Config, images: Tensor, folder: Path | None) -> Training:
     """The training in folder/run.pt, or a new one. The folder of another config, of other images or
@@ -799,7 +799,7 @@ def begin(config: Config, images: Tensor, folder: Path | None) -> Training:
     training = Training(config, images, device, None if over else half_for(config, images, device))
     training.load_state_dict(state)
     print(f"{folder} [{config.label()}]: loaded at step {training.step} of {training.steps}, "
-          f"begun with {training.environment}.")
+          "{date}, {hardware}, code {code}.".format(**training.environment))
     return training
 
 def identify(config: Config, images: Tensor) -> dict[str, Any]:
@@ -840,26 +840,25 @@ def watch(held_out: Tensor, n: int) -> Any:
     return lambda run: {"swd": sliced_wasserstein(real, fake := sample(run, len(real)))["avg"],
                         "coverage": coverage(real, fake)}
 
-PLACE: list[Any] = []  # in a process of `train_all`: images that each has seen, its own number
 split_faces = functools.lru_cache(1)(lambda source, size: hold_out(load_faces(source, size)))
-def begin_work(seen: Any, place: int, gpus: int) -> None:
-    """What such a process does first. It ends with its parent, even if that one is killed."""
+def begin_work(seen: Any, slot: int, gpus: int) -> None:
+    """What a process of `train_all` does first. It ends with its parent, even a killed one."""
     def follow() -> None:
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)  # saves the run, if there is one
-        time.sleep(30)
+        time.sleep(120)
         os._exit(1)
-    PLACE.extend((seen, place))
+    do_job.seen, do_job.slot = seen, slot  # images seen by each process, which one it is
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
     if gpus:
-        torch.cuda.set_device(place % gpus)
+        torch.cuda.set_device(slot % gpus)
 
 def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tuple[str, str]:
     """One run in such a process: (why it is not finished or "", what it printed)."""
     def tick(images: int) -> None:
-        PLACE[0][PLACE[1]] += images
+        do_job.seen[do_job.slot] += images
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         images, held_out = split_faces(source, config.image_size)
         run = train(config, images, folder, tick, watch(held_out, n), hours)
@@ -878,30 +877,31 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     spawn, ends = multiprocessing.get_context("spawn"), time.monotonic() / 3600 + time_budget
     free, pools, busy, reasons = [*range(workers or gpus or os.cpu_count() or 1)], {}, {}, {}
-    seen, waiting, told = spawn.RawArray("q", len(free)), [*jobs], False  # no lock to die with
+    seen, waiting = spawn.RawArray("q", len(free)), [*jobs]  # no lock that a dead one could hold
     total = sum(config.epochs * (config.epoch_images or 0) for config, _ in jobs)
     with progress_bar(total, f"{len(jobs)} runs") as bar, stop_signals() as stops:
-        while waiting and not stops or busy:
-            while waiting and free and not stops:
-                (config, folder), place = waiting.pop(0), free.pop(0)
-                setup, hours = (seen, place, gpus), ends - time.monotonic() / 3600
-                pools[place] = pools.get(place) or ProcessPoolExecutor(1, spawn, begin_work, setup)
-                job = pools[place].submit(do_job, config, folder, source, measured_on, hours)
-                busy[job] = place, folder
-            for job in wait(busy, 0.5, FIRST_COMPLETED).done:
-                place, folder = busy.pop(job)
-                free.append(place)
-                if error := job.exception():  # the run's, and its memory is freed; or a death
-                    pools.pop(place).shutdown(wait=False)
-                reason, printed = (said(error), "") if error else job.result()
-                reasons.update({str(folder): reason} if reason else {})
-                bar.write(f"{printed.strip() or folder} {reason}") if printed or reason else None
-            bar.update(sum(seen) - bar.n)
-            for child in multiprocessing.active_children() if stops and not told else ():
-                told = True
+        try:
+            while (waiting or busy) and not stops:
+                while waiting and free:
+                    (config, folder), slot = waiting.pop(0), free.pop(0)
+                    args, hours = (seen, slot, gpus), ends - time.monotonic() / 3600
+                    pools[slot] = pools.get(slot) or ProcessPoolExecutor(1, spawn, begin_work, args)
+                    job = pools[slot].submit(do_job, config, folder, source, measured_on, hours)
+                    busy[job] = slot, folder
+                for job in wait(busy, 0.5, FIRST_COMPLETED).done:
+                    slot, folder = busy.pop(job)
+                    free.append(slot)
+                    if error := job.exception():  # it failed or died: the next gets a new process
+                        pools.pop(slot).shutdown(wait=False)
+                    reason, text = (said(error), "") if error else job.result()
+                    reasons.update({str(folder): reason} if reason else {})
+                    bar.write(f"{text.strip() or folder} {reason}") if text or reason else None
+                bar.update(sum(seen) - bar.n)
+        finally:
+            for child in multiprocessing.active_children() if busy else ():
                 child.terminate()  # SIGTERM: it saves its run
-    for pool in pools.values():
-        pool.shutdown()
+            for pool in pools.values():
+                pool.shutdown()
     if stops:
         raise KeyboardInterrupt(f"{stops[0]}: the same call goes on with the runs in progress")
     return reasons
@@ -919,10 +919,10 @@ def write_aside(path: Path, write: Any) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Any:
-    """A list that names the signal once Ctrl-C or SIGTERM has come; the second one raises."""
+    """A list that names the signal once Ctrl-C or SIGTERM has come; a second Ctrl-C raises."""
     def handle(number: int, frame: Any) -> None:
         names.append(signal.Signals(number).name)
-        if len(names) > 1:
+        if len(names) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
     names: list[str] = []
     main = threading.current_thread() is threading.main_thread()  # signals come to no other one
