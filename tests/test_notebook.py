@@ -33,7 +33,7 @@ def test_shape_of_the_committed_notebook(cells):
 def test_every_preset_is_planned_and_every_section_is_there(cells):
     text = "\n".join(cell.source for cell in cells)
     for name in [*cs.PRESETS][:5] + ["converged"]:
-        assert f'section("{name}")' in text and f'finding("{name}"' in text
+        assert f'folder("{name}")' in text and f'finding(run, "{name}"' in text
     assert "RUNS = {**PRESETS, **ABLATIONS" in text
     assert set(re.findall(r'"(\d)\. ', text)) == set("123456789")
 
