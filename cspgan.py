@@ -4,7 +4,7 @@ At 32 px, width 64, 64,000 images `converged` ends at SWD 16.2 +- 1.1 (results/w
 better; 3 seeds), DCGAN's at 54.9, the course's best at 85.7 (table.json), other real faces at 12.3.
 
 In this order: config, data, models, losses, training, presets, runs, metrics, plots. Images are
-uint8 (N, 3, S, S) but inside the networks, which see `Config.pixel_range`."""
+uint8 (N, 3, S, S); the networks see floats in `Config.pixel_range`."""
 from __future__ import annotations
 
 import contextlib, copy, dataclasses, functools, hashlib, io, math, multiprocessing, numbers, os
@@ -42,7 +42,7 @@ class Config:
     z_dim: int = 100  # numbers in one noise vector, each drawn from N(0, 1)
     width: int = 1024  # channels at 4x4 of G and D; halved with every doubling of the resolution
     ladder: str = "cspup_first"  # or "deconv_first", "cspup_last": see `Generator`
-    deconv_kernel: int = 4  # what doubles: 4 (4x4, stride 2, padding 1) or 2 (2x2, stride 2)
+    deconv_kernel: int = 4  # of what doubles: 4 (4x4, stride 2, padding 1) or 2 (2x2, stride 2)
     block_act: str = "relu"  # inside CSPup: "relu", "leaky_relu" (slope 0.2) or "tanh"
     block_norm: str = "none"  # BatchNorm inside CSPup: "none", "right" or "both", see there
     d_norm: bool = True  # BatchNorm on all its convolutions but the first and the last
@@ -82,7 +82,7 @@ class Config:
                 plain = legal[legal.index(value)] if good else value
             else:
                 low, high = least.get(name, 0), most.get(name, math.inf)
-                is_real = type(self).__annotations__[name] == "float"
+                is_real = type(self).__annotations__[name] == "float"  # a string, by __future__
                 good = isinstance(value, numbers.Real if is_real else numbers.Integral)
                 good = good and not isinstance(value, bool) and low <= value <= min(high, 1e99)
                 plain = (float if is_real else int)(value) if good else value
@@ -114,7 +114,7 @@ Image.init()
 FORMATS = [kind for kind in "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()
            if kind in Image.OPEN]  # of cameras, browsers and data sets; EPS would start Ghostscript
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  # not to be shared
+open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  # forks share none
 
 class Faces(torch.utils.data.Dataset):
     """The images of a folder or zip, sub-folders too, for any DataLoader: [i] -> uint8 (3, size,
@@ -153,12 +153,12 @@ class Faces(torch.utils.data.Dataset):
         found = ending in ENDINGS
         with contextlib.suppress(Exception):
             start = b"" if found else self.read(name, 32)
-            if any(Image.OPEN[kind][1](start) is True for kind in FORMATS):  # so may a text begin
+            if any(Image.OPEN[kind][1](start) is True for kind in FORMATS):  # or a text begins so
                 found = bool(Image.open(io.BytesIO(self.read(name)), formats=FORMATS))
         self.passed_over.update([] if found else [ending or "without ending"])
         return found
     def read(self, name: str, most: int = 256_000_000) -> bytes:
-        """A file's first bytes, unless it would be waited for, or would fill the memory."""
+        """A file's first bytes; an error if it is a pipe, a link, or would fill the memory."""
         path, archive = self.source / name, self.is_zip and open_zip(self.source, os.getpid())
         size = archive.getinfo(name).file_size if archive else path.lstat().st_size
         need(size <= 256_000_000 and (archive or path.is_file() and not path.is_symlink()),
@@ -187,7 +187,7 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
     `img_align_celeba`, or else most images. What is passed over is printed. None: `toy_faces`."""
     if given := os.environ.get("CSPGAN_DATA"):
         return Faces(given, SIZES[0]).source  # or its error: nothing takes the place of this
-    # How many names lead to one data set: datasets/OWNER/SLUG, competitions/NAME, else only NAME.
+    # Names that lead to one data set: datasets/OWNER/SLUG (once d/), competitions/NAME, else NAME.
     depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "models": 3, "competitions": 2}
     for place in filter(Path.is_dir, map(Path, places)):
         counts, celeba, files = Counter(), set(), Faces(place, SIZES[0])
@@ -204,8 +204,8 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
                 if not files.source.is_relative_to(inside.source):  # no link to a folder above
                     counts[path] = len(inside)
                     celeba.update(path for name in inside.names if "img_align_celeba/" in name)
-                files.passed_over[".zip"] -= path.is_file() and counts[path] > 0
-        found = sorted(+counts, key=lambda p: (p not in celeba, -counts[p], p))
+                files.passed_over[".zip"] -= path.is_file() and counts[path] > 0  # one that is used
+        found = sorted(+counts, key=lambda p: (p not in celeba, -counts[p], p))  # +: no zeros
         if over := {str(path): counts[path] for path in found[1:]} | +files.passed_over:
             print(f"{place}: passed over {over} (archives must be unpacked, or zips).")
         if found:
@@ -223,7 +223,7 @@ def load_faces(source: str | Path | None, size: int, cache_dir: str | Path = CAC
     need(faces.names, f"{faces.source}: no image ({passed}). {HOW_TO_GET_FACES}")
     files = [faces.source] if faces.is_zip else [faces.source / name for name in faces.names]
     stats = [(s.st_size, s.st_mtime_ns) for s in map(os.lstat, files)]
-    state = repr((faces.source, faces.names, stats, "crop 3")).encode()
+    state = repr((faces.source, faces.names, stats, "crop 3")).encode()  # 3rd version of `decode`
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -246,7 +246,7 @@ def decode_all(faces: Faces, file: IO[bytes]) -> None:
             return str(error).removeprefix(f"{faces.source}/")
     damaged, held, keys = [], [], Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(faces), "decoding") as bar:
-        for start in range(0, len(faces), 512):  # no more wait in memory
+        for start in range(0, len(faces), 512):  # no more wait in memory, except `held`
             for image in pool.map(decode, range(len(faces))[start : start + 512]):
                 bar.update()
                 if isinstance(image, str):
@@ -301,9 +301,8 @@ def toy_faces(n: int, size: int, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------------------------------- models
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
 HEADS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
-DECONVS = {4: (4, 2, 1), 2: (2, 2, 0)}  # kernel: (kernel, stride, padding) of what doubles
+INITS, DECONVS = ("dcgan", "he"), {4: (4, 2, 1), 2: (2, 2, 0)}  # kernel: (it, stride, padding)
 LADDERS, NORMS = ("cspup_first", "deconv_first", "cspup_last"), ("none", "right", "both")
-INITS = ("dcgan", "he")
 
 class CSPup(nn.Module):
     """Cross-stage-partial block that doubles the resolution: (N, in, H, W) -> (N, out, 2H, 2W).
@@ -315,7 +314,7 @@ class CSPup(nn.Module):
                  deconv: tuple[int, int, int] = (4, 2, 1)) -> None:
         super().__init__()
         if in_channels < 2 or norm not in ("none", "right", "both"):
-            raise ValueError(f"in_channels={in_channels}, norm={norm!r}: expected 2 or more")
+            raise ValueError(f"{in_channels=}, {norm=}: expected 2 or more; none, right or both")
         left, right, out = in_channels // 2, in_channels - in_channels // 2, out_channels
         early: Any = nn.BatchNorm2d if norm != "none" else nn.Identity
         late: Any = nn.BatchNorm2d if norm == "both" else nn.Identity
@@ -332,36 +331,36 @@ class CSPup(nn.Module):
 
 def channel_ladder(config: Config) -> list[int]:
     """Channels at 4x4, 8x8, ... half the image size: [1024, 512, 256, 128, 64] at full size."""
-    stages = int(math.log2(config.image_size)) - 2
-    return [max(2, config.width >> stage) for stage in range(stages)]
+    return [max(2, config.width >> stage) for stage in range(int(math.log2(config.image_size)) - 2)]
 
 class Generator(nn.Module):
     """The assignment's generator: z (N, z_dim) -> images (N, 3, S, S) in the config's pixel range.
-    Its drawing has five boxes, CSPup 4x4x1024 to 64x64x64, and a deconvolution. By `ladder` a box
-    is what a CSPup returns, the first from z as a 1x1 map ("cspup_first"), or from z by a plain
-    deconvolution ("deconv_first"); or it is what a CSPup takes ("cspup_last")."""
-    cast: torch.dtype | None = None  # precision of all layers but the last, None for float32
+    Its drawing has five boxes, 4x4x1024 to 64x64x64, and a deconvolution; by `ladder` that is
+    "cspup_first":  z as 1x1 -> CSPup -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
+    "deconv_first": z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
+    "cspup_last":   z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 128x128 -> 3x3, same size"""
+    cast: torch.dtype | None = None  # precision of all layers except the last, None for float32
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, channels = config, channel_ladder(config)
         double = to_rgb = DECONVS[config.deconv_kernel]
         if config.ladder == "cspup_last":
             channels, to_rgb = [*channels, max(2, channels[-1] // 2)], (3, 1, 1)
-        self.stem = self.up(config.z_dim, channels[0], (4, 1, 0))        # 1x1 to 4x4
-        if config.ladder != "cspup_first":
-            self.stem = nn.ConvTranspose2d(config.z_dim, channels[0], 4, 1, 0)
+        self.stem = nn.ConvTranspose2d(config.z_dim, channels[0], 4, 1, 0)  # 1x1 to 4x4
+        if config.ladder == "cspup_first":
+            self.stem = self.up(config.z_dim, channels[0], (4, 1, 0))
         pairs, head = zip(channels, channels[1:]), HEADS[config.head]()
         self.blocks = nn.Sequential(*(self.up(c, out, double) for c, out in pairs))
         self.to_rgb = nn.Sequential(nn.ConvTranspose2d(channels[-1], 3, *to_rgb), head)
         initialise(self, config.init, 4 * config.seed)
-        self.to_rgb[0].weight.data *= 0.25 if config.init == "he" else 1  # else pixels saturate
+        self.to_rgb[0].weight.data *= 0.25 if config.init == "he" else 1  # at He's, pixels saturate
     def up(self, in_channels: int, out_channels: int, deconv: tuple[int, int, int]) -> nn.Module:
         act: Any = ACTIVATIONS[self.config.block_act]
         return CSPup(in_channels, out_channels, act, self.config.block_norm, deconv)
     def forward(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, self.cast) if self.cast else contextlib.nullcontext():
             x = self.stem(z[:, :, None, None])                           # (N, width, 4, 4)
-            x = self.blocks(x)                                           # (N, C, S/2, S/2)
+            x = self.blocks(x)                                           # (N, C, S/2, S/2), or S
         return self.to_rgb(x.float())  # half precision is coarser than a pixel: (N, 3, S, S)
 
 class DCGANGenerator(Generator):
@@ -372,8 +371,8 @@ class DCGANGenerator(Generator):
 
 class Discriminator(nn.Module):
     """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
-    Stride-2 convolutions 4x4 down to 4x4 with the generator's channels in reverse, times `d_wider`;
-    LeakyReLU(0.2), BatchNorm on all but the first, then one convolution over what is left."""
+    Convolutions of kernel 4, stride 2, down to a map of 4x4, with the generator's channels in
+    reverse, times `d_wider`; LeakyReLU(0.2), BatchNorm on all but the first; one over the map."""
     cast: torch.dtype | None = None  # precision of all layers, None for float32
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -396,7 +395,7 @@ GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
 def initialise(network: nn.Module, init: str, seed: int) -> None:
     """Biases 0; weights N(0, std^2), from the network's own seed. "dcgan": std 0.02, BatchNorm's
     scales N(1, 0.02^2). "he" (arXiv 1502.01852): scales 1, std^2 = gain / (products that are summed
-    in one output). gain: 2, or 1 for a deconvolution, as in CSPup no activation follows it. There
+    in one output). gain: 2, or 1 for a deconvolution, as in CSPup no activation follows it. In it
     kernel^2 / stride^2 inputs overlap in one output pixel; where 1x1 opens to 4x4, one does."""
     random = torch.Generator().manual_seed(seed)
     for layer in network.modules():
@@ -415,7 +414,7 @@ def initialise(network: nn.Module, init: str, seed: int) -> None:
 # ---------------------------------------------------------------------------------------- losses
 def bce(logits: Tensor, target: float) -> Tensor:
     """Mean binary cross-entropy of sigmoid(logits), (N,), and one target; ln 2 if D cannot tell.
-    As the course has it: below a logit of -28 the sigmoid is clamped, and G's gradient dies."""
+    As the course has it: below a logit of -28 its backward clamps p (1 - p): G's gradient dies."""
     p = torch.sigmoid(logits)                                            # (N,)
     loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
     return loss + 0 * logits.sum()  # NaN again, if there was one: CUDA's loss would end the process
@@ -441,7 +440,7 @@ G_LOSSES = {
 
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """|grad_x D(x)|^2 of each image, (N,): R1 at real, R2 at generated ones (arXiv 1801.04406).
-    logits: (N,) of a D without BatchNorm, which would mix the gradients. Keeps the graph."""
+    logits: (N,) of D; its BatchNorm would mix the images' gradients. Keeps the graph."""
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  # (N, 3, S, S)
     return gradient.square().sum(dim=(1, 2, 3))                          # (N,)
 
@@ -453,7 +452,7 @@ def equilibrium(config: Config) -> tuple[float, float]:
     return D_LOSSES[config.loss](logit, logit, s).item(), G_LOSSES[config.loss](logit, logit).item()
 
 # -------------------------------------------------------------------------------------- training
-UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # float16 (6e-8 to 65,504) has another
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing; for float16 see `Training`
 
 def d_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
     """D: minimise  L_D(D(real), D(fake)) + r1/2 |grad D(real)|^2 + r2/2 |grad D(fake)|^2.
@@ -479,11 +478,11 @@ def d_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
 def d_step_linear(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
     """`d_step` without a double backward: 4 passes through D, not 6. D: convolutions and LeakyReLU,
     so linear between its kinks, D(x) = <v, x> + b, v = grad_x D(x). Let x_k be the input of layer k
-    when x goes through D, v_k when v does, without biases, and slope_k the gradient of D(x) by that
-    layer's output. The gradient by its weights pairs slope_k with dL/dD(x) x_k for the loss, and
-    with gamma v_k for gamma/2 |v|^2 (a kink has no second derivative): in sum with u_k, where
-    u = dL/dD(x) x + gamma v goes through D, and biases count dL/dD(x) times.
-    Passes: x; back, for v and all slope_k; u; back, for the pairs of slope_k and u_k."""
+    when x goes through D, v_k the same for v, without biases; slope_k the gradient of D(x) by what
+    layer k returns. Its weights' gradient is, for the loss, slope_k times dL/dD(x) x_k, and for
+    gamma/2 |v|^2 slope_k times gamma v_k (a kink has no second derivative). Both at once: send
+    u = dL/dD(x) x + gamma v through D, biases times dL/dD(x), and take slope_k times u_k.
+    Passes: x; back, for v and slopes; u; back, for weights. With penalties nothing is scaled."""
     discriminator.train().requires_grad_(True)
     optimizer.zero_grad()
     n, layers = len(real), [m for m in discriminator.modules() if isinstance(m, nn.Conv2d)]
@@ -516,7 +515,7 @@ def g_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
     real, fake: (N, 3, S, S), fake with its graph; D is left alone. Returns the detached loss."""
     discriminator.train().requires_grad_(False)
     optimizer.zero_grad()
-    d_real = None if "bce" in config.loss else discriminator(real)       # (N,)
+    d_real = None if "bce" in config.loss else discriminator(real)       # (N,), not for BCE
     d_fake = discriminator(fake)                                         # (N,)
     g_loss = G_LOSSES[config.loss](d_real, d_fake)                       # ()
     scaler.scale(g_loss).backward()
@@ -528,7 +527,7 @@ def adam(network: nn.Module, config: Config, lr: float, power: float = 1.0) -> t
     """Adam with the config's betas and L2, and the width rule if `lr_width` is given: weights whose
     fan-in grows with the width get lr / (width / lr_width)^power; power 1 is arXiv 2203.03466."""
     slower = (config.lr_width / config.width) ** power if config.lr_width else 1.0
-    with torch.device("meta"):  # takes no memory; any wider twin shows what grows
+    with torch.device("meta"):  # takes no memory; so much wider that it differs at every stage
         twin = type(network)(config.but(width=config.width + 8192))
     groups: dict[float, list[Tensor]] = {}
     for layer, wider in zip(network.modules(), twin.modules()):
@@ -551,9 +550,9 @@ def to_uint8(images: Tensor, config: Config) -> Tensor:
     return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 def batch_index(step: int, n: int, config: Config) -> Tensor:
-    """Which of n images a step sees, (batch_size,): of all, each at most once in a turn."""
+    """Which of n images a step sees, (batch_size,). A turn goes through all, in a new order."""
     turn, k = divmod(step, n // config.batch_size)
-    random = torch.Generator().manual_seed((turn << 16) + 4 * config.seed + 3)  # 32 bits count
+    random = torch.Generator().manual_seed((turn << 16) + 4 * config.seed + 3)  # 16 bits each
     return torch.randperm(n, generator=random)[k * config.batch_size : (k + 1) * config.batch_size]
 
 @torch.no_grad()
@@ -571,7 +570,7 @@ class Training:
         self.identity, on_gpu = identify(config, images), device.type == "cuda"
         fits = on_gpu and images.numel() < torch.cuda.mem_get_info(device)[0] / 4
         self.images = images.to(device) if fits else images
-        # channels_last, but for float32 on a GPU, where it may be slower.
+        # channels_last, except for float32 on a GPU, where it may be slower.
         self.layout: Any = torch.contiguous_format if on_gpu and not half else torch.channels_last
         self.generator = GENERATORS[config.generator](config).to(device, memory_format=self.layout)
         self.discriminator = Discriminator(config).to(device, memory_format=self.layout)
@@ -612,7 +611,7 @@ class Training:
         if config.ema_images:
             update_ema(self.kept, self.generator, config, self.step)
         stats = torch.cat([self.d_stats, torch.stack([g_loss, torch.ones_like(g_loss)])])  # (6,)
-        if self.half == torch.float16:  # a step that overflowed, and was skipped, is not counted
+        if self.half == torch.float16:  # a step whose loss overflowed is not counted
             stats = torch.where(stats.isfinite().all(), stats, 0)
         self.sums += stats
     def record(self) -> dict[str, float]:
@@ -629,7 +628,7 @@ class Training:
         """A snapshot, what on_epoch finds, and the diversity of 256 samples: the collapse alarm."""
         began, real = time.monotonic(), pick(self.images, min(256, len(self.images)))
         samples = sample(run, len(real))                                 # (n, 3, S, S)
-        self.snapshots.append((int(self.history[-1]["images"]), samples[:36].clone()))
+        self.snapshots.append((int(self.history[-1]["images"]), samples[:36].clone()))  # not 256
         self.history[-1]["diversity"] = diversity(real, samples)
         self.history[-1] |= {k: float(v) for k, v in (on_epoch(run) if on_epoch else {}).items()}
         self.begun += time.monotonic() - began  # measuring is not training
@@ -658,7 +657,7 @@ def half_for(config: Config, images: Tensor, device: torch.device) -> torch.dtyp
     half, losses = None, {}
     if device.type == "cuda" and not (config.r1 or config.r2):
         half = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float16
-    for precision in (None, half) if half else ():
+    for precision in (None, half) if half else ():  # without a half nothing is compared
         training = Training(config, images, device, precision)
         for _ in range(4):
             training.advance()
@@ -672,11 +671,11 @@ def half_for(config: Config, images: Tensor, device: torch.device) -> torch.dtyp
 BASELINE = Config()
 H1 = BASELINE.but(block_norm="both", block_act="leaky_relu")
 TANH_BN = BASELINE.but(ladder="cspup_last", block_act="tanh", block_norm="right", head="tanh",
-                       d_wider=2, batch_size=256, epochs=20)  # as seed 002's notebook has it
+                       d_wider=2, batch_size=256, epochs=20)  # another student's network
 CONVERGED = H1.but(  # the regularised relativistic GAN (arXiv 2501.05441) with this generator
     loss="relativistic", r1=2.0, r2=2.0, d_norm=False, d_wider=2, init="he", head="tanh", flip=True,
     beta1=0.0, beta2=0.9, lr_g=2e-3, lr_d=2e-3, lr_width=64, lr_end=0.1, ema_images=20_000)
-PRESETS = {  # every experiment, in the report's order
+PRESETS = {  # every experiment, in the report's order; h0 to h3 are the course's hypotheses
     "baseline": BASELINE,
     "h0_more_epochs": BASELINE.but(epochs=20),
     "h1_bn_leaky": H1,
@@ -686,7 +685,7 @@ PRESETS = {  # every experiment, in the report's order
     "low_lr": TANH_BN.but(lr_g=1e-5, lr_d=1e-5),
     "fast_d": TANH_BN.but(block_norm="both", lr_d=2e-3),
     "slow_d": TANH_BN.but(lr_d=2e-5),
-    "slow_d_equal_rates": TANH_BN,  # ours: is it the slow D, or the rest of slow_d?
+    "slow_d_equal_rates": TANH_BN,  # no student's: is it the slow D, or the rest?
     "unit_range": TANH_BN.but(lr_d=2e-5, head="sigmoid"),
     "dcgan": BASELINE.but(generator="dcgan", lr_g=1e-4, lr_d=1e-4),
     "bce_logits": BASELINE.but(loss="bce_logits"),
@@ -698,14 +697,14 @@ PRESETS = {  # every experiment, in the report's order
                             head="relu", d_norm=False),
     "two_to_one": BASELINE.but(block_norm="both", head="tanh", lr_d=1e-4),
     "adam_default": BASELINE.but(beta1=0.9),
-    "smooth_labels": H1.but(label_smoothing=0.1),  # ours: the three parts of h3
+    "smooth_labels": H1.but(label_smoothing=0.1),  # no student's: the three parts of h3
     "tanh_head": H1.but(head="tanh"),
     "h3_rates": H1.but(lr_d=3e-4, lr_g=8e-4),
     "converged": CONVERGED}
 ABLATIONS = {f"without_{part}": CONVERGED.but(**change) for part, change in {
     "pairs": {"loss": "bce_logits"}, "penalties": {"r1": 0, "r2": 0}, "wide_d": {"d_wider": 1},
     "bn_in_g": {"block_norm": "none"}, "he": {"init": "dcgan"}, "flip": {"flip": False},
-    "ema": {"ema_images": 0}}.items()}
+    "ema": {"ema_images": 0}}.items()}  # without penalties a GPU takes half precision
 
 # ------------------------------------------------------------------------------------------ runs
 _, _, CODE = Path(__file__).read_text(encoding="utf-8").partition("- models\n")
@@ -739,8 +738,8 @@ def train(config: Config, images: Tensor, run_dir: Any = None, progress: Any = T
     """Train one generator on images, uint8 (N, 3, S, S). run_dir: where the run lives, see `begin`.
     The history has a record for each of some 200 windows, with means over it: step, epoch, images,
     seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits); after an epoch also
-    diversity and what on_epoch(run) returns. progress: a bar, none, or a function of a step's
-    images. After time_budget (hours), Ctrl-C, 'Interrupt kernel' or SIGTERM the run is saved and
+    diversity and what on_epoch(run) returns. progress: a bar, none, or f(images of a
+    step). After time_budget (hours), Ctrl-C, 'Interrupt kernel' or SIGTERM the run is saved and
     returned; the same call goes on, bit for bit on a CPU; a crash costs save_every seconds."""
     training = begin(config, images, folder := Path(run_dir) if run_dir is not None else None)
     run = Run(config, training.history, training.kept, training.snapshots, training.environment)
@@ -770,7 +769,7 @@ def train(config: Config, images: Tensor, run_dir: Any = None, progress: Any = T
     if not run.finished:
         print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped}).")
     return run
-run_or_load = train  # what it does, for a notebook: a finished run is loaded, and that is said
+run_or_load = train  # its other name, for notebooks: a finished run is loaded, and that is said
 
 def begin(config: Config, images: Tensor, folder: Path | None) -> Training:
     """The training in folder/run.pt, or a new one. The folder of another config, of other images or
@@ -798,8 +797,8 @@ def begin(config: Config, images: Tensor, folder: Path | None) -> Training:
         return Training(config, images, device, half_for(config, images, device))
     training = Training(config, images, device, None if over else half_for(config, images, device))
     training.load_state_dict(state)
-    print(f"{folder} [{config.label()}]: loaded at step {training.step} of {training.steps}, "
-          "{date}, {hardware}, code {code}.".format(**training.environment))
+    print(f"{folder} [{config.label()}]: loaded at step {training.step} of {training.steps},",
+          "{date}, {hardware}, code {code}.".format(**training.environment))  # also of other code
     return training
 
 def identify(config: Config, images: Tensor) -> dict[str, Any]:
@@ -875,14 +874,15 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
     for size in {config.image_size for config, _ in jobs if source}:
         load_faces(source, size)  # decoded once, not by each of the processes
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
-    spawn, ends = multiprocessing.get_context("spawn"), time.monotonic() / 3600 + time_budget
+    spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     free, pools, busy, reasons = [*range(workers or gpus or os.cpu_count() or 1)], {}, {}, {}
-    seen, waiting = spawn.RawArray("q", len(free)), [*jobs]  # no lock that a dead one could hold
-    total = sum(config.epochs * (config.epoch_images or 0) for config, _ in jobs)
+    waiting, ends = [*jobs], time.monotonic() / 3600 + time_budget
+    seen = spawn.RawArray("q", len(free))  # images; without a lock that a dead process could hold
+    total = sum(config.epochs * (config.epoch_images or 0) for config, _ in jobs)  # 0: not known
     with progress_bar(total, f"{len(jobs)} runs") as bar, stop_signals() as stops:
         try:
             while (waiting or busy) and not stops:
-                while waiting and free:
+                while waiting and free:  # over time as well: a finished run is then known as such
                     (config, folder), slot = waiting.pop(0), free.pop(0)
                     args, hours = (seen, slot, gpus), ends - time.monotonic() / 3600
                     pools[slot] = pools.get(slot) or ProcessPoolExecutor(1, spawn, begin_work, args)
@@ -899,7 +899,7 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
                 bar.update(sum(seen) - bar.n)
         finally:
             for child in multiprocessing.active_children() if busy else ():
-                child.terminate()  # SIGTERM: it saves its run
+                child.terminate() if child not in others else None  # SIGTERM: it saves its run
             for pool in pools.values():
                 pool.shutdown()
     if stops:
@@ -925,9 +925,9 @@ def stop_signals() -> Any:
         if len(names) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
     names: list[str] = []
-    main = threading.current_thread() is threading.main_thread()  # signals come to no other one
+    main = threading.current_thread() is threading.main_thread()  # no other can set handlers
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
-              if main and signal.getsignal(number) != signal.SIG_IGN}
+              if main and signal.getsignal(number) != signal.SIG_IGN}  # as in a worker
     try:
         yield names
     finally:
@@ -948,7 +948,7 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 def environment(device: torch.device) -> dict[str, str]:
-    cpu = f"{torch.get_num_threads()} CPU cores".replace("1 CPU cores", "1 CPU core")
+    cpu = f"{(n := torch.get_num_threads())} CPU core{'s' * (n > 1)}"
     return {"hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
             "torch": str(torch.__version__), "code": CODE, "date": time.strftime("%Y-%m-%d")}
 
@@ -984,7 +984,7 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     levels = [images.to(best_device()).float()]
     while levels[-1].shape[-1] > 16:
         small, up = smooth(levels[-1])[:, :, ::2, ::2], torch.zeros_like(levels[-1])
-        up[:, :, ::2, ::2] = 4 * small
+        up[:, :, ::2, ::2] = 4 * small  # for the three zeros beside each
         levels[-1:] = [levels[-1] - smooth(up), small]
     return levels
 
@@ -998,8 +998,8 @@ def cut_patches(images: Tensor, corner: Tensor) -> Tensor:
     return ((patches - mean) / std.clamp(min=1e-3)).flatten(0, 1)        # (147, 128 N)
 
 def nearest(images: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """(distance, index), (N,) each, of an image's k-th nearest one of `among`, or other one if
-    both are one tensor. Distance: RMS of pixels in [0, 1], at 16 px; of a copy it is exactly 0."""
+    """(distance, index), (N,) each, of an image's k-th nearest one of `among`; not itself, if both
+    are one tensor. Distance: RMS of pixels in [0, 1], at 16 px; of a copy exactly 0."""
     a, b = (torch.cat([F.adaptive_avg_pool2d(part.cpu().double(), 16).flatten(1)  # (N, 768)
                        for part in x.split(1024)]) for x in (images, among))
     d = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist") / (255 * math.sqrt(768))  # (N, M)
@@ -1007,7 +1007,7 @@ def nearest(images: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
 
 def diversity(real: Tensor, fake: Tensor) -> float:
     """Mean distance of a fake image to its nearest other fake one, over the same for real ones but
-    for copies of each other: 1 is right, towards 0 is collapse, nan if all real ones are copies."""
+    for copies: 1 is right, towards 0 is collapse, nan if all real ones are copies."""
     need(len(real) == len(fake), f"{len(real)} real, {len(fake)} fake images: expected as many")
     real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])       # (M, 3, S, S)
     fake = fake[: len(real)]                                             # (M, 3, S, S)
@@ -1051,7 +1051,7 @@ def reference(held_out: Tensor, others: Tensor, n: int = 1024, seed: int = 0) ->
             "coverage_real": found["coverage"], "diversity_real": found["diversity"]}
 
 def evaluate(run: Run, held_out: Tensor, floor: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """A record for results/table.json: every metric, on images not trained on, and its floor."""
+    """A record for results/table.json: every metric, on held-out images, and the floor given."""
     n, last = floor["measured_on"], run.history[-max(1, len(run.history) // 20) :]
     losses = {key: sum(record[key] for record in last) / len(last) for key in ("d_loss", "g_loss")}
     return {**{key: vars(run.config)[key] for key in ("image_size", "width", "seed")}, **losses,
@@ -1066,7 +1066,7 @@ class Picture(Figure):
         return buffer.getvalue()
 
 def show_images(images: Tensor, title: str = "", columns: int = 12) -> Figure:
-    """A grid of uint8 (N, 3, S, S), with nothing smoothed."""
+    """A grid of uint8 (N, 3, S, S); only one too large for the figure is smoothed."""
     grid = make_grid(images, min(columns, len(images)), padding=1, pad_value=255).permute(1, 2, 0)
     figure = Picture((10, 10 * len(grid) / len(grid[0]) + 0.3), layout="constrained")
     ax = figure.subplots()
@@ -1093,7 +1093,7 @@ def plot_losses(run: Run, title: str = "") -> Figure:
     for k, level in enumerate(equilibrium(run.config)):
         losses.axhline(level, color=f"C{k}", ls="--", lw=1, label=f"equilibrium, {level:.2f}")
     alarm.axhline(1, color="C4", ls="--", lw=1, label="real images")
-    alarm.axhspan(0, 0.3, color="C3", alpha=0.15, lw=0, label="collapsed")
+    alarm.axhspan(0, 0.3, color="C3", alpha=0.15, lw=0, label="collapsed")  # 0.3: by eye
     for ax, name in ((losses, title or "losses"), (logits, "mean logit"), (alarm, "diversity")):
         ax.set(title=name, xlabel="thousand images seen", ylim=(None if ax is logits else 0, None))
         ax.legend(frameon=False, fontsize=7.5)
