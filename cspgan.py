@@ -81,10 +81,10 @@ class Config:
                 good = value in legal
                 plain = legal[legal.index(value)] if good else value
             else:
-                low, high = least.get(name, 0), most.get(name, math.inf)
+                low, high = least.get(name, 0), most.get(name, 1e99)
                 is_real = type(self).__annotations__[name] == "float"  # a string, by __future__
                 good = isinstance(value, numbers.Real if is_real else numbers.Integral)
-                good = good and not isinstance(value, bool) and low <= value <= min(high, 1e99)
+                good = good and not isinstance(value, bool) and low <= value <= high
                 plain = (float if is_real else int)(value) if good else value
                 wish = f"a {'' if is_real else 'whole '}number from {low} to {high}"
             need(good, f"{name}={value!r}: expected {wish}")
@@ -118,8 +118,8 @@ open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  
 
 class Faces(torch.utils.data.Dataset):
     """The images of a folder or zip, sub-folders too, for any DataLoader: [i] -> uint8 (3, size,
-    size), the largest centred square, upright, on white, antialiased; passed_over counts what is
-    no image. A file that cannot be read raises a ValueError: its name, what it is, what to do."""
+    size), the largest centred square, upright, on white, antialiased; passed_over counts links and
+    what is no image. A file that cannot be read raises a ValueError, with what to do."""
     def __init__(self, source: str | Path, size: int) -> None:
         need(size in SIZES and isinstance(source, (str, os.PathLike)),
              f"source={source!r}, size={size!r}: expected a path, and one of {SIZES}")
@@ -158,7 +158,7 @@ class Faces(torch.utils.data.Dataset):
         self.passed_over.update([] if found else [ending or "without ending"])
         return found
     def read(self, name: str, most: int = 256_000_000) -> bytes:
-        """A file's first bytes; an error if it is a pipe, a link, or would fill the memory."""
+        """A file's first bytes. No pipe, no link (it may lead anywhere), nothing too large."""
         path, archive = self.source / name, self.is_zip and open_zip(self.source, os.getpid())
         size = archive.getinfo(name).file_size if archive else path.lstat().st_size
         need(size <= 256_000_000 and (archive or path.is_file() and not path.is_symlink()),
@@ -204,7 +204,8 @@ def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Pa
                 if not files.source.is_relative_to(inside.source):  # no link to a folder above
                     counts[path] = len(inside)
                     celeba.update(path for name in inside.names if "img_align_celeba/" in name)
-                files.passed_over[".zip"] -= path.is_file() and counts[path] > 0  # one that is used
+                ending = os.path.splitext(path)[1].lower() or "without ending"
+                files.passed_over[ending] -= counts[path] > 0  # what is used is not passed over
         found = sorted(+counts, key=lambda p: (p not in celeba, -counts[p], p))  # +: no zeros
         if over := {str(path): counts[path] for path in found[1:]} | +files.passed_over:
             print(f"{place}: passed over {over} (archives must be unpacked, or zips).")
@@ -525,7 +526,7 @@ def g_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Ten
 
 def adam(network: nn.Module, config: Config, lr: float, power: float = 1.0) -> torch.optim.Adam:
     """Adam with the config's betas and L2, and the width rule if `lr_width` is given: weights whose
-    fan-in grows with the width get lr / (width / lr_width)^power; power 1 is arXiv 2203.03466."""
+    fan-in grows with the width get lr / (width / lr_width)^power (1 after arXiv 2203.03466)."""
     slower = (config.lr_width / config.width) ** power if config.lr_width else 1.0
     with torch.device("meta"):  # takes no memory; so much wider that it differs at every stage
         twin = type(network)(config.but(width=config.width + 8192))
@@ -851,8 +852,7 @@ def begin_work(seen: Any, slot: int, gpus: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
-    if gpus:
-        torch.cuda.set_device(slot % gpus)
+    torch.cuda.set_device(slot % gpus) if gpus else None
 
 def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tuple[str, str]:
     """One run in such a process: (why it is not finished or "", what it printed)."""

@@ -315,10 +315,8 @@ def test_celeba_is_found_wherever_it_is_mounted(tmp_path, capsys, mount, nested)
     said = capsys.readouterr().out
     assert f"{celeba} (2)" in said and f"'{tmp_path}/datasets/aaa/other': 9" in said
 
-LAYOUTS = ["{}", "d/{}/x", "datasets/{}/x", "notebooks/{}/x", "competitions/{}",
-           "models/{}/x/pytorch/v/1"]
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [
+    "{}", "d/{}/x", "datasets/{}/x", "notebooks/{}/x", "competitions/{}", "models/{}/x/pytorch/v/1"])
 def test_inputs_are_told_apart_in_every_layout(tmp_path, capsys, layout):  # case 2
     alice, bob = (tmp_path / layout.format(name) for name in ("alice", "bob"))
     fill(alice / "train" / "a", 4), fill(alice / "test", 2, 50), fill(bob / "a", 5)
@@ -337,11 +335,12 @@ def test_what_is_said_is_what_is_loaded(tmp_path, capsys):
     ("link", "photos", "link"), ("a.zip", "photos.zip", "a.zip"), ("link", "gone", "faces"),
     ("link", "data/link", "faces"), ("link", "data", "faces"), ("link", ".", "faces"),
     ("pipe.zip", None, "faces")])
-def test_links_in_the_place_are_followed_once_and_pipes_never(tmp_path, name, target, chosen):
+def test_links_in_the_place_are_followed_once_and_pipes_never(tmp_path, capsys, name, target, chosen):
     data = fill(tmp_path / "data" / "faces", 5).parent
     fill(data / "few", 1, 50), put(tmp_path / "photos.zip", zipped(fill(tmp_path / "photos", 6)))
     (data / name).symlink_to(tmp_path / target) if target else os.mkfifo(data / name)
     assert cs.find_faces((data,)) == data / chosen
+    assert ("without ending" in capsys.readouterr().out) == (name == "link" != chosen)
 
 UNUSABLE = {  # what is there and holds no image that can be read
     "celeba.tar.gz": b"\x1f\x8b\x08", "x.TAR": b"faces/0.jpg" + bytes(500), "a.7z": b"7z\xbc\xaf",
