@@ -855,13 +855,14 @@ def begin_work(seen: Any, slot: int, gpus: int) -> None:
     torch.cuda.set_device(slot % gpus) if gpus else None
 
 def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tuple[str, str]:
-    """One run in such a process: (why it is not finished or "", what it printed)."""
+    """One run in such a process: (why it is not finished or "", what it said of note)."""
     def tick(images: int) -> None:
         do_job.seen[do_job.slot] += images
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         images, held_out = split_faces(source, config.image_size)
         run = train(config, images, folder, tick, watch(held_out, n), hours)
-    return "" if run.finished else run.stopped, printed.getvalue()
+    lines = [x for x in out.getvalue().splitlines() if "loaded at" not in x and "(time)" not in x]
+    return "" if run.finished else run.stopped, "\n".join(lines)
 
 def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
               time_budget: float = math.inf, workers: int = 0) -> dict[str, str]:
@@ -893,9 +894,9 @@ def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
                     free.append(slot)
                     if error := job.exception():  # it failed or died: the next gets a new process
                         pools.pop(slot).shutdown(wait=False)
-                    reason, text = (said(error), "") if error else job.result()
+                    reason, text = (w := said(error), f"{folder}: {w}") if error else job.result()
                     reasons.update({str(folder): reason} if reason else {})
-                    bar.write(f"{text.strip() or folder} {reason}") if text or reason else None
+                    bar.write(text) if text else None
                 bar.update(sum(seen) - bar.n)
         finally:
             for child in multiprocessing.active_children() if busy else ():
@@ -924,8 +925,7 @@ def stop_signals() -> Any:
         names.append(signal.Signals(number).name)
         if len(names) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
-    names: list[str] = []
-    main = threading.current_thread() is threading.main_thread()  # no other can set handlers
+    names, main = [], threading.current_thread() is threading.main_thread()  # none else handles
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
               if main and signal.getsignal(number) != signal.SIG_IGN}  # as in a worker
     try:
