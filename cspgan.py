@@ -1,7 +1,7 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces.
 An experiment is one line: train(BASELINE.but(block_norm="both"), images, "results/my_idea").
 At 64 px, width 128, 128,000 images `converged` ends at SWD 16.2 +- 0.1 (2 seeds; lower is better),
-the course's best at 89.5, DCGAN's at 118.5 (1 each), other real faces at 9.9: results/table.json.
+best of the course's five 89.5, DCGAN's 118.5 (1 each), other real faces 9.9: results/table.json.
 
 In this order: config, data, models, losses, training, presets, runs, metrics, plots. Images are
 uint8 (N, 3, S, S); the networks see floats in `Config.pixel_range`."""
