@@ -662,7 +662,7 @@ def half_for(config: Config, images: Tensor, device: torch.device) -> torch.dtyp
         training = Training(config, images, device, precision)
         for _ in range(4):
             training.advance()
-        losses[precision] = [training.record()[key] for key in ("d_loss", "g_loss")]
+        losses[precision] = [*map(training.record().get, ("d_loss", "g_loss"))]
     if all(abs(a - b) <= 0.1 * (1 + abs(a)) for a, b in zip(*losses.values())):  # not for NaN
         return half
     print(f"{config.label()}: losses (D, G) {losses}, so it trains in float32.")
