@@ -1,0 +1,50 @@
+"""128 px and width 1024, the assignment's own size: `converged`, a course recipe, the control.
+
+    python scripts/full_size.py faces.zip   # on a GPU: minutes on an H100, a night on a T4
+
+Trains each of them for 512,000 images, in results/latest/full_size/, and goes on where it was
+stopped. Leaves results/full_size.json, {name: config, environment, history}, with the floor of the
+metrics, and pictures of what `converged` makes, in results/figures/full_size*."""
+import json, sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
+import cspgan as cs
+
+NAMES = ("converged", "h3_smooth_tanh", "dcgan")  # h3: the best of the course's at 64 px
+FIGURES = ROOT / "results" / "figures"
+
+def picture(images, columns):
+    grid = make_grid(images, columns, padding=1, pad_value=255)          # (3, H, W)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+@torch.no_grad()
+def pictures(run):
+    """Sixty samples, four walks between noise vectors along an arc, and the film of the training."""
+    picture(cs.sample(run, 60, seed=1), 12).save(FIGURES / "full_size.jpg", quality=90)
+    ends = torch.randn(4, 2, run.config.z_dim, generator=torch.Generator().manual_seed(1))
+    angle = torch.linspace(0, torch.pi / 2, 12).view(1, 12, 1)
+    z = (ends[:, :1] * angle.cos() + ends[:, 1:] * angle.sin()).flatten(0, 1)  # (48, z_dim)
+    made = run.generator.eval()(z.to(next(run.generator.parameters()).device)).cpu()
+    walks = cs.to_uint8(made, run.config)                                # (48, 3, 128, 128)
+    picture(walks, 12).save(FIGURES / "full_size_walks.jpg", quality=90)
+    film = [picture(images[:16], 8).quantize(96) for _, images in run.snapshots]
+    film[0].save(FIGURES / "full_size_film.gif", save_all=True, append_images=film[1:], loop=0,
+                 duration=[300] * (len(film) - 1) + [3000])  # milliseconds
+
+if __name__ == "__main__":
+    images, held_out = cs.hold_out(cs.load_faces(sys.argv[1], 128))
+    found = {"floor": cs.reference(held_out, images)}
+    for name in NAMES:
+        config = cs.PRESETS[name].but(epochs=20, epoch_images=25_600)
+        run = cs.train(config, images, ROOT / "results/latest/full_size" / name,
+                       on_epoch=cs.watch(held_out, 1024))
+        found[name] = {"config": vars(config), "environment": run.environment,
+                       "history": [{k: round(v, 4) for k, v in r.items()} for r in run.history]}
+        text = json.dumps(found, indent=0).replace("NaN", "null")
+        (ROOT / "results/full_size.json").write_text(text)
+    pictures(cs.load_run(ROOT / "results/latest/full_size/converged"))
