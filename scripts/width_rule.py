@@ -3,13 +3,17 @@
     python scripts/width_rule.py faces.zip      # a day on two cores; goes on where it was stopped
 
 Fills results/width.json, {measurement: record}: `converged` by exponent, width and rate; its first
-steps at widths up to the assignment's own; and how far its layers move in 1 and 4 steps."""
+steps at widths up to the assignment's own; how far its layers move in 1 and 4 steps; the course's
+recipes by width. Draws results/figures/width.png of it, and leaves what the report says of it
+under "summary". Without faces.zip it only draws."""
 import functools, json, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
 import cspgan as cs
@@ -120,12 +124,79 @@ def do(name, source):
     job, args = JOBS[name]
     return job(source, *args)
 
+def measured(found, kind):
+    """{arguments: record} of one kind of measurement."""
+    keys = [key for key in found if key.split()[0] == kind]
+    return {tuple(map(float, key.split()[1:])): found[key] for key in keys}
+
+def draw(found):
+    """How far layers move, SWD by width, D's largest activation, in one row. Returns the summary."""
+    moves, trained = {}, {}  # {(rule, layer): {width: changes}}, {(kind, a, width): SWDs}
+    for (width, rule, _), record in measured(found, "layers").items():
+        for layer, change in record["4"].items():
+            moves.setdefault((rule, layer), {}).setdefault(width, []).append(change)
+    for kind in ("final", "larger", "loud"):
+        for (width, a, _, *faster), record in measured(found, kind).items():
+            if not faster:
+                trained.setdefault((kind, a, width), []).append(record["swd"]["avg"])
+    moves = {key: {w: np.mean(x) for w, x in sorted(line.items())} for key, line in moves.items()}
+    slopes = {key: np.polyfit(*np.log([*line.items()]).T, 1)[0] for key, line in moves.items()}
+    fixed = "G stem.left.0", "G stem.right.0", "G stem.right.3", "D features.0"  # read z or pixels
+    grow = [layer for rule, layer in slopes if not rule and layer not in fixed]
+    left, middle, right = (figure := Figure((10, 3.4), layout="constrained")).subplots(1, 3)
+    for (rule, layer), line in moves.items():
+        if layer in grow:
+            left.plot(line.keys(), np.divide([*line.values()], line[32]), "C0" if rule else "C3", lw=1,
+                      label={grow[0]: "with the rule" if rule else "literal rates"}.get(layer))
+    for kind, a, style, label in (("larger", 1, "C2o-", "64 px"), ("final", 1, "C0o-", "32 px"),
+            ("loud", 1, "C0o:", "a = 1"), ("loud", 0.5, "C1o:", "a = 1/2"), ("loud", 0, "C3o:", "a = 0")):
+        line = {w: np.mean(x) for (k, b, w), x in trained.items() if k == kind and (b == a or w == 64)}
+        middle.plot(sorted(line), [line[w] for w in sorted(line)], style, ms=4, label=label)
+    peaks = {}
+    for (side, _, a, _), record in measured(found, "first").items():
+        peaks[f"{side:.0f} px, a = {a:g}"] = max(step["largest_d"] for step in record["steps"])
+        right.plot([step["largest_d"] for step in record["steps"]][:60], {1: "C0", 0.5: "C1", 0: "C3"}[a],
+                   lw=1, ls="-" if side > 32 else ":", label=f"a = {a:g}, {side:.0f} px")
+    for ax, ticks in ((left, (32, 64, 128, 256, 512)), (middle, (64, 128, 256))):
+        ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=ticks, xticklabels=ticks)
+    left.set(title="change in 4 steps, at width 32: 1", yscale="log")
+    middle.set(title="SWD x1e3 after 64,000 images", ylim=(0, None))
+    right.set(title="largest activation of D", xlabel="steps of 8 images at width 1024", yscale="log")
+    [ax.legend(fontsize=7.5) for ax in (left, middle, right)]
+    figure.savefig(ROOT / "results/figures/width.png", dpi=110)
+    swd = {kind: {f"{w:.0f}": x for (k, a, w), x in sorted(trained.items()) if k == kind and a == 1}
+           for kind in ("larger", "final")}
+    return {"least_slope_literal": min(slopes[0, layer] for layer in grow), "largest_d": peaks,
+            "greatest_slope_rule": max(slopes[1, layer] for layer in grow),
+            "swd_64px": swd["larger"], "swd_32px": swd["final"]}
+
+def draw_course(found):
+    """SWD and diversity by width: `converged` and what of the course's recipes has been measured."""
+    lines = {"converged": {w: r for (w, a, seed), r in measured(found, "final").items() if (a, seed) == (1, 0)}}
+    for key in [key for key in found if key.startswith("course")]:
+        lines.setdefault(found[key]["preset"], {})[found[key]["width"]] = found[key]
+    left, right = (figure := Figure((10, 3.4), layout="constrained")).subplots(1, 2)
+    for name, line in lines.items():
+        widths = sorted(line)
+        left.plot(widths, [line[w]["swd"]["avg"] for w in widths], "o-", ms=4, label=name)
+        right.plot(widths, [line[w]["diversity"] for w in widths], "o-", ms=4)
+    for ax in (left, right):
+        ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=widths, xticklabels=widths)
+    left.set(yscale="log", title="SWD x1e3 after 64,000 images, 32 px, lower is better")
+    right.set(title="diversity, real faces: 1", ylim=(0, None)), left.legend(fontsize=7.5)
+    if len(lines) > 1:  # of one recipe alone there is nothing to compare
+        figure.savefig(ROOT / "results/figures/width_course.png", dpi=110)
+
 if __name__ == "__main__":
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = {pool.submit(do, name, sys.argv[1]): name for name in JOBS if name not in found}
+        left = [name for name in JOBS if name not in found and len(sys.argv) > 1]
+        jobs = {pool.submit(do, name, sys.argv[1]): name for name in left}
         for job in as_completed(jobs):
             found[jobs[job]] = job.result()
             text = json.dumps(dict(sorted(found.items())), indent=0)
             cs.write_aside(FILE, lambda file: file.write(text.encode()))
             print(time.strftime("%H:%M"), jobs[job], flush=True)
+    found["summary"] = draw(found)
+    draw_course(found)
+    FILE.write_text(json.dumps(dict(sorted(found.items())), indent=0))

@@ -124,9 +124,8 @@ def test_gpu_that_is_listed_but_cannot_be_used_is_named_at_once(monkeypatch, cap
                                               ((7, 5), torch.float16)])
 def test_half_precision_is_asked_of_the_card_and_never_where_there_are_penalties(
         monkeypatch, capability, half, tiny, toys):
-    """The comparison itself runs, in that precision, on the CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    gpu, cpu, real = torch.device("cuda"), torch.device("cpu"), cs.Training
+    gpu, cpu, real = torch.device("cuda"), torch.device("cpu"), cs.Training  # which runs on the CPU
     monkeypatch.setattr(cs, "Training", lambda config, images, _, half: real(config, images, cpu, half))
     assert cs.half_for(tiny, toys, gpu) is half and cs.half_for(tiny, toys, cpu) is None
     assert cs.half_for(tiny.but(r1=1.0), toys, gpu) is None
