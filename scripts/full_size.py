@@ -3,7 +3,7 @@
     python scripts/full_size.py faces.zip   # on a GPU: minutes on an H100, a night on a T4
 
 Trains each of them for 512,000 images, in results/latest/full_size/, and goes on where it was
-stopped. Leaves results/full_size.json, {name: config, environment, history, swd}, with the floor of the metrics
+stopped. Leaves results/full_size.json, {name: config, environment, history, swd}, with the floor
 and the distances to the nearest training faces, and pictures of `converged` in results/figures/."""
 import json, sys
 from pathlib import Path
@@ -38,21 +38,21 @@ def pictures(run):
 
 def nearest(samples, held_out, images):
     """How far the nearest training face is, of samples and of held-out faces: [mean, lowest]."""
-    sides = {"samples": samples, "held_out": cs.pick(held_out, 1024)}
-    found = {name: cs.nearest(side, images)[0] for name, side in sides.items()}
+    found = {"samples": cs.nearest(samples, images)[0], "held_out": cs.nearest(held_out, images)[0]}
     return {name: [round(d.mean().item(), 4), round(d.min().item(), 4)] for name, d in found.items()}
 
 if __name__ == "__main__":
     images, held_out = cs.hold_out(cs.load_faces(sys.argv[1], 128))
     found = {"floor": cs.reference(held_out, images)}
+    n = found["floor"]["measured_on"]  # 1024, or all that are held out
     for name in NAMES:
         config = cs.PRESETS[name].but(epochs=20, epoch_images=25_600)
         run = cs.train(config, images, ROOT / "results/latest/full_size" / name,
-                       on_epoch=cs.watch(held_out, 1024))
+                       on_epoch=cs.watch(held_out, n))
         found[name] = {"config": vars(config), "environment": run.environment,
                        "history": [{k: round(v, 4) for k, v in r.items()} for r in run.history],
-                       "swd": cs.sliced_wasserstein(cs.pick(held_out, 1024), cs.sample(run, 1024))}
+                       "swd": cs.sliced_wasserstein(cs.pick(held_out, n), cs.sample(run, n))}
     run = cs.load_run(ROOT / "results/latest/full_size/converged")
     pictures(run)
-    found["nearest"] = nearest(cs.sample(run, 1024), held_out, images)
+    found["nearest"] = nearest(cs.sample(run, n), cs.pick(held_out, n), images)
     (ROOT / "results/full_size.json").write_text(json.dumps(found, indent=0).replace("NaN", "null"))
