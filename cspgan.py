@@ -1,7 +1,7 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces.
 An experiment is one line: train(BASELINE.but(block_norm="both"), images, "results/my_idea").
-At 128 px and width 1024, after 512,000 images, `converged` has SWD 11.6 (1 seed; lower is better),
-the best of the course's five 45.1, other real faces 8.8: results/full_size.json, results/table.json.
+At 128 px, width 1024, after 512,000 images `converged` has SWD 11.6 (1 seed; lower is better),
+the best of the course's five 45.1, real faces 8.8: results/full_size.json, results/table.json.
 
 In this order: config, data, models, losses, training, presets, runs, metrics, plots. Images are
 uint8 (N, 3, S, S); the networks see floats in `Config.pixel_range`."""
