@@ -825,7 +825,7 @@ def save(training: Training, folder: Path) -> None:
             print(f"step {training.step}: {folder}/run.pt cannot be written ({said(error)}).")
 
 def load_run(folder: str | Path) -> Run:
-    """The run in a folder, without its images. run.pt.gz: one with weights rounded, see below."""
+    """The run in a folder, without its images. run.pt.gz: one made small, weights in int8 steps."""
     path, small = Path(folder) / "run.pt", Path(folder) / "run.pt.gz"
     if not path.exists() and not small.exists():
         raise FileNotFoundError(f"{path}: no run. Train one: train(config, images, {folder!r})")

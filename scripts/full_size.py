@@ -1,15 +1,17 @@
 """128 px and width 1024, the assignment's own size: `converged`, a course recipe, the control.
 
-    python scripts/full_size.py faces.zip   # on a GPU: minutes on an H100, a night on a T4
+    python scripts/full_size.py faces.zip   # on a GPU: minutes on an H100, by count three hours on a T4
 
 Trains each of them for 512,000 images, in results/latest/full_size/, and goes on where it was
 stopped. Leaves results/full_size.json, {name: config, environment, history, swd}, with the floor
-and the distances to the nearest training faces, and pictures of `converged` in results/figures/."""
-import json, sys
+and the distances to the nearest training faces, pictures of `converged` in results/figures/, and
+its generator, made small, in results/generators/converged/."""
+import io, json, sys, zlib
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
@@ -41,6 +43,21 @@ def nearest(samples, held_out, images):
     found = {"samples": cs.nearest(samples, images)[0], "held_out": cs.nearest(held_out, images)[0]}
     return {name: [round(d.mean().item(), 4), round(d.min().item(), 4)] for name, d in found.items()}
 
+def shrink(run, folder):
+    """A run.pt.gz for `load_run`: weights as whole steps of a part of their output channel's RMS."""
+    kept = {k: v.half() if v.is_floating_point() else v for k, v in run.generator.cpu().state_dict().items()}
+    for name, layer in run.generator.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer.weight.numel() > 20_000:
+            w, others = layer.weight.detach(), (0 if isinstance(layer, nn.ConvTranspose2d) else 1, 2, 3)
+            step = 0.32 if w.numel() > 1_200_000 else 0.10  # most of the file; what the rest needs
+            scale = step * w.square().mean(others, keepdim=True).sqrt()
+            kept[f"{name}.weight"] = (w / scale).round().clamp(-127, 127).to(torch.int8), scale
+    torch.save({"identity": vars(run.config), "history": run.history, "snapshots": [],
+                "environment": run.environment, "kept": kept}, buffer := io.BytesIO())
+    coder = zlib.compressobj(9, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)  # gzip; nothing repeats
+    (folder / "run.pt.gz").write_bytes(coder.compress(buffer.getvalue()) + coder.flush())
+    (folder / "config.json").write_text(json.dumps(vars(run.config), indent=1))
+
 if __name__ == "__main__":
     images, held_out = cs.hold_out(cs.load_faces(sys.argv[1], 128))
     found = {"floor": cs.reference(held_out, images)}
@@ -55,4 +72,7 @@ if __name__ == "__main__":
     run = cs.load_run(ROOT / "results/latest/full_size/converged")
     pictures(run)
     found["nearest"] = nearest(cs.sample(run, n), cs.pick(held_out, n), images)
+    shrink(run, folder := ROOT / "results/generators/converged")
+    small = cs.sample(cs.load_run(folder), n)
+    found["converged"]["swd_rounded"] = cs.sliced_wasserstein(cs.pick(held_out, n), small)
     (ROOT / "results/full_size.json").write_text(json.dumps(found, indent=0).replace("NaN", "null"))
