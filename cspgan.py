@@ -1092,9 +1092,9 @@ def plot_losses(run: Run, title: str = "") -> Figure:
                 marker="o" if ax is alarm else "", ms=4, lw=1, label=name)
     for k, level in enumerate(equilibrium(run.config)):
         losses.axhline(level, color=f"C{k}", ls="--", lw=1, label=f"equilibrium, {level:.2f}")
-    alarm.axhline(1, color="C4", ls="--", lw=1, label="real images")
-    alarm.axhspan(0, 0.3, color="C3", alpha=0.15, lw=0, label="collapsed")  # 0.3: by eye
-    for ax, name in ((losses, title or "losses"), (logits, "mean logit"), (alarm, "diversity")):
+    alarm.axhline(1, color="C4", ls="--", lw=1), alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
+    words = "diversity (real: 1; red: collapse)"  # below 0.3, by eye
+    for ax, name in ((losses, title or "losses"), (logits, "mean logit"), (alarm, words)):
         ax.set(title=name, xlabel="thousand images seen", ylim=(None if ax is logits else 0, None))
-        ax.legend(frameon=False, fontsize=7.5)
+        ax is alarm or ax.legend(frameon=False, fontsize=7.5)
     return figure

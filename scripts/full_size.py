@@ -10,6 +10,7 @@ import io, json, sys, zlib
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torchvision.utils import make_grid
@@ -37,6 +38,17 @@ def pictures(run):
     film = [picture(images[:16], 8).quantize(96) for _, images in run.snapshots]
     film[0].save(FIGURES / "full_size_film.gif", save_all=True, append_images=film[1:], loop=0,
                  duration=[300] * (len(film) - 1) + [3000])  # milliseconds
+
+def curves(found):
+    """SWD by images seen, a line for each recipe."""
+    ax = (figure := Figure(figsize=(10, 3), layout="constrained")).subplots()
+    for name in NAMES:
+        line = [r for r in found[name]["history"] if "swd" in r]
+        ax.plot([r["images"] / 1000 for r in line], [r["swd"] for r in line], "o-", ms=3, lw=1, label=name)
+    ax.axhline(found["floor"]["swd_floor"]["avg"], color="grey", ls="--", lw=1, label="real faces")
+    ax.set(title="SWD x1e3 at 128 px and width 1024", xlabel="thousand images seen", yscale="log")
+    ax.legend(fontsize=8)
+    figure.savefig(FIGURES / "full_size_swd.png", dpi=90)
 
 def nearest(samples, held_out, images):
     """How far the nearest training face is, of samples and of held-out faces: [mean, lowest]."""
@@ -70,7 +82,7 @@ if __name__ == "__main__":
                        "history": [{k: round(v, 4) for k, v in r.items()} for r in run.history],
                        "swd": cs.sliced_wasserstein(cs.pick(held_out, n), cs.sample(run, n))}
     run = cs.load_run(ROOT / "results/latest/full_size/converged")
-    pictures(run)
+    pictures(run), curves(found)
     found["nearest"] = nearest(cs.sample(run, n), cs.pick(held_out, n), images)
     shrink(run, folder := ROOT / "results/generators/converged")
     small = cs.sample(cs.load_run(folder), n)

@@ -159,7 +159,8 @@ def draw(found):
                    lw=1, ls="-" if side > 32 else ":", label=f"a = {a:g}, {side:.0f} px")
     for ax, ticks in ((left, (32, 64, 128, 256, 512)), (middle, (64, 128, 256))):
         ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=ticks, xticklabels=ticks)
-    left.set(title="change in 4 steps, at width 32: 1", yscale="log")
+    left.set(title="change in 4 steps, at width 32: 1", yscale="log", yticks=(0.5, 1, 2, 4, 8))
+    left.yaxis.set_major_formatter("{x:g}"), left.yaxis.set_minor_formatter("")
     middle.set(title="SWD x1e3 after 64,000 images", ylim=(0, None))
     right.set(title="largest activation of D", xlabel="steps of 8 images at width 1024", yscale="log")
     [ax.legend(fontsize=7.5) for ax in (left, middle, right)]

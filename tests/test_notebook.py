@@ -59,6 +59,6 @@ def test_staged_notebook_runs_alone_in_an_empty_folder(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     records = json.loads((tmp_path / "out/table.json").read_text())
     assert {record["preset"] for record in records} >= {*cs.PRESETS, *cs.ABLATIONS}
-    assert all((tmp_path / "out/figures" / name).exists() for name in ("film.gif", "faces.png", "comparison.png"))
+    assert all((tmp_path / "out/figures" / name).exists() for name in ("faces.png", "comparison.png"))
     history = json.loads((tmp_path / "out/runs/converged/seed0/history.json").read_text())
     assert history["config"]["loss"] == "relativistic" and history["history"][-1]["epoch"] == 5
