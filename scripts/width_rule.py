@@ -183,8 +183,13 @@ def draw_course(found):
         right.plot(widths, [line[w]["diversity"] for w in widths], "o-", ms=4)
     for ax in (left, right):
         ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=widths, xticklabels=widths)
-    left.set(yscale="log", title="SWD x1e3 after 64,000 images, 32 px, lower is better")
-    right.set(title="diversity, real faces: 1", ylim=(0, None)), left.legend(fontsize=7.5)
+    floor = lines["converged"][64]["swd_floor"]["avg"]
+    left.axhline(floor, color="grey", ls="--", lw=1, label="real faces")
+    ticks = (10, 20, 50, 100, 200, 500)
+    left.set(yscale="log", yticks=ticks, yticklabels=ticks, title="SWD x1e3 after 64,000 images, 32 px")
+    left.yaxis.set_minor_formatter("")
+    right.set(title="diversity, real faces: 1", ylim=(0, None))
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     if len(lines) > 1:  # of one recipe alone there is nothing to compare
         figure.savefig(ROOT / "results/figures/width_course.png", dpi=110)
 
