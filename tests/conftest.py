@@ -1,8 +1,9 @@
-import os, sys
+import os, signal, sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: bit for bit holds on a CPU
 os.environ.pop("CSPGAN_DATA", None)  # a developer's own faces are none of the tests' business
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
 
 import pytest
 import torch
