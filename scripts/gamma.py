@@ -51,7 +51,7 @@ def draw(found):
     duel.axhline(cs.equilibrium(BASE)[0], color="grey", ls="--", lw=1, label="equilibrium")
     swd.set(title="SWD x1e3 after 51,200 images, lower is better", ylim=(0, None))
     duel.set(title="D's loss", xlabel="thousand images seen", ylim=(0, None))
-    swd.legend(fontsize=8), duel.legend(fontsize=8)
+    swd.legend(fontsize=8, loc=(0.6, 0.4)), duel.legend(fontsize=8, ncols=3, loc="lower right")
     figure.savefig(ROOT / "results/figures/gamma.png", dpi=90)
 
 def filed():
