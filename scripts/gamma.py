@@ -18,7 +18,7 @@ FILE = ROOT / "results" / "gamma.json"
 BASE = cs.CONVERGED.but(image_size=128, width=128, batch_size=32, epochs=4, epoch_images=12_800)
 TRIALS = {**{f"gamma {g}": BASE.but(r1=g, r2=g) for g in (2, 8, 16, 4)},
           "gamma 2, not mirrored": BASE.but(flip=False)}
-HALF_LIVES = (0, 500, 2_000, 5_000)  # images; 0: no mean. `converged` has at most a tenth of all: 5,120
+HALF_LIVES = (500, 2_000, 5_000)  # images; `converged` has at most a tenth of all: 5,120
 
 def trial(config, images, held_out, floor):
     """The record of a run, with those of its generator under other running means."""
@@ -27,15 +27,13 @@ def trial(config, images, held_out, floor):
     while training.step < training.steps:
         training.advance()
         for life, mean in means.items():
-            if life:
-                cs.update_ema(mean, training.generator, config.but(ema_images=life), training.step)
-            else:
-                mean.load_state_dict(training.generator.state_dict())
+            cs.update_ema(mean, training.generator, config.but(ema_images=life), training.step)
         if training.step % 50 == 0 or training.step == training.steps:
             training.record()
     def measured(generator):
         run = cs.Run(config, training.history, generator, [], training.environment)
         return cs.evaluate(run, held_out, floor)
+    means[0] = training.generator  # no mean
     return {**measured(training.kept), "history": training.history,
             "running mean": {life: measured(mean)["swd"] for life, mean in means.items()}}
 
