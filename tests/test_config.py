@@ -51,7 +51,7 @@ def test_ablations_take_one_part_out_of_converged():
     parts = {"without_pairs": {"loss": "bce_logits"}, "without_penalties": {"r1": 0.0, "r2": 0.0},
              "without_bn_in_g": {"block_norm": "none"}, "without_he": {"init": "dcgan"},
              "without_wide_d": {"d_wider": 1}, "without_flip": {"flip": False},
-             "without_ema": {"ema_images": 0}}
+             "without_ema": {"ema_images": 0}, "without_cspup": {"generator": "dcgan"}}
     whole = {**PLAIN, **CONVERGED}
     assert cs.ABLATIONS.keys() == parts.keys()
     for name, change in parts.items():
