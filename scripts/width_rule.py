@@ -148,18 +148,19 @@ def draw(found):
         if layer in grow:
             left.plot(line.keys(), np.divide([*line.values()], line[32]), "C0" if rule else "C3", lw=1,
                       label={grow[0]: "with the rule" if rule else "literal rates"}.get(layer))
-    for kind, a, style, label in (("larger", 1, "C2o-", "64 px"), ("final", 1, "C0o-", "32 px"),
-            ("loud", 1, "C0o:", "a = 1"), ("loud", 0.5, "C1o:", "a = 1/2"), ("loud", 0, "C3o:", "a = 0")):
+    for kind, a, style, label in (("larger", 1, "C2o-", "64 px"), ("final", 1, "C4o-", "32 px"),
+            ("loud", 1, "C0o:", "a = 1"), ("loud", 0.5, "C1o:", "a = 0.5"), ("loud", 0, "C3o:", "a = 0")):
         line = {w: np.mean(x) for (k, b, w), x in trained.items() if k == kind and (b == a or w == 64)}
         middle.plot(sorted(line), [line[w] for w in sorted(line)], style, ms=4, label=label)
     peaks = {}
     for (side, _, a, _), record in measured(found, "first").items():
-        peaks[f"{side:.0f} px, a = {a:g}"] = max(step["largest_d"] for step in record["steps"])
-        right.plot([step["largest_d"] for step in record["steps"]][:60], {1: "C0", 0.5: "C1", 0: "C3"}[a],
-                   lw=1, ls="-" if side > 32 else ":", label=f"a = {a:g}, {side:.0f} px")
+        largest = [step["largest_d"] for step in record["steps"]]
+        peaks[f"{side:.0f} px, a = {a:g}"], drawn = max(largest), largest[:60]
+        right.plot(drawn, {1: "C0", 0.5: "C1", 0: "C3"}[a], lw=1, ls="-" if side > 32 else ":",
+                   label=f"a = {a:g}, {side:.0f} px, {len(drawn)} steps")
     for ax, ticks in ((left, (32, 64, 128, 256, 512)), (middle, (64, 128, 256))):
         ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=ticks, xticklabels=ticks)
-    left.set(title="change in 4 steps, at width 32: 1", yscale="log", yticks=(0.5, 1, 2, 4, 8))
+    left.set(title="change in 4 steps, relative to width 32", yscale="log", yticks=(0.5, 1, 2, 4, 8))
     left.yaxis.set_major_formatter("{x:g}"), left.yaxis.set_minor_formatter("")
     middle.set(title="SWD x1e3 after 64,000 images", ylim=(0, None))
     right.set(title="largest activation of D", xlabel="steps of 8 images at width 1024", yscale="log")
