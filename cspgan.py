@@ -705,7 +705,7 @@ PRESETS = {  # every experiment, in the report's order; h0 to h3 are the course'
 ABLATIONS = {f"without_{part}": CONVERGED.but(**change) for part, change in {
     "pairs": {"loss": "bce_logits"}, "penalties": {"r1": 0, "r2": 0}, "wide_d": {"d_wider": 1},
     "bn_in_g": {"block_norm": "none"}, "he": {"init": "dcgan"}, "flip": {"flip": False},
-    "ema": {"ema_images": 0}, "cspup": {"generator": "dcgan"}}.items()}  # penalties: half on a GPU
+    "ema": {"ema_images": 0}, "cspup": {"generator": "dcgan"}}.items()}  # no penalty: half on a GPU
 
 # ------------------------------------------------------------------------------------------ runs
 _, _, CODE = Path(__file__).read_text(encoding="utf-8").partition("- models\n")
