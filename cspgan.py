@@ -426,7 +426,7 @@ def bce_logits(logits: Tensor, target: float) -> Tensor:
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
     """Mean softplus(lower - higher) over pairs of logits, (N,) each; ln 2 where they do not differ.
-    D cannot win by moving all generated images far away at once (arXiv 1807.00734, 2501.05441)."""
+    A shift of all logits changes nothing: D learns an order (arXiv 1807.00734, 2501.05441)."""
     return F.softplus(lower - higher).mean()
 
 # Objectives of D and G by their logits, (N,) each; s: label smoothing. G's are non-saturating.
