@@ -2,6 +2,7 @@ import os, signal, sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: bit for bit holds on a CPU
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: a second thread costs more than it brings
 os.environ.pop("CSPGAN_DATA", None)  # a developer's own faces are none of the tests' business
 
 import pytest
@@ -12,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cspgan as cs
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
-torch.set_num_threads(1)  # tiny networks: a second thread costs more than it brings
 
 @pytest.fixture(scope="session")
 def toys():

@@ -70,13 +70,12 @@ def test_run_that_crashes_or_is_killed_goes_on(config, toys, tmp_path):
         with contextlib.suppress(RuntimeError):
             run = cs.train(config, toys, tmp_path / "a", progress=crash, save_every=0)
     assert crash.seen > 9 and same_run(whole, run)
-    fork = multiprocessing.get_context("fork")
-    steps, told = fork.Pipe()
-    child = fork.Process(target=cs.train, args=(config, toys, tmp_path / "b", told.send),
-                         kwargs={"save_every": 0})
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    steps, told = spawn.Pipe()
+    child = spawn.Process(target=cs.train, args=(config, toys, tmp_path / "b", told.send),
+                          kwargs={"save_every": 0})
     child.start()
-    for _ in range(4):
-        steps.recv()
+    assert all(steps.poll(120) and steps.recv() is not None for _ in range(4))
     child.kill(), child.join()
     assert 0 < steps_of(tmp_path / "b")[0] < 8
     assert same_run(whole, cs.train(config, toys, tmp_path / "b", progress=False))
@@ -225,9 +224,9 @@ def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path, p
     assert steps_of(folders[0])[0] > steps[0] and "loaded at" not in capsys.readouterr().out
 
 def test_workers_end_with_a_parent_that_is_killed(tiny, tmp_path, photos):
-    folder, fork = tmp_path / "run", multiprocessing.get_context("fork")
-    parent = fork.Process(target=cs.train_all, args=([(tiny.but(epochs=99999), folder)], photos),
-                          kwargs={"measured_on": 16, "workers": 1})
+    folder, spawn = tmp_path / "run", multiprocessing.get_context("spawn")
+    parent = spawn.Process(target=cs.train_all, args=([(tiny.but(epochs=99999), folder)], photos),
+                           kwargs={"measured_on": 16, "workers": 1})
     parent.start()
     while not folder.exists():
         time.sleep(0.1)
