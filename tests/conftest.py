@@ -6,7 +6,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: a second thread costs more
 os.environ.pop("CSPGAN_DATA", None)  # a developer's own faces are none of the tests' business
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
