@@ -1,19 +1,45 @@
-"""CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise z (100) to faces.
-An experiment is one line: train(BASELINE.but(block_norm="both"), images, "results/my_idea").
-At 128 px, width 1024, after 512,000 images `converged` has SWD 11.6 (1 seed; lower is better),
-the best of the course's five 45.1, real faces 8.8: results/full_size.json, results/table.json.
+"""CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise to faces.
 
-In this order: config, data, models, losses, training, presets, runs, metrics, plots. Images are
-uint8 (N, 3, S, S); the networks see floats in `Config.pixel_range`."""
+At 128 px and width 1024, after 512,000 images (4.3 minutes on one H100, PyTorch 2.11), the recipe
+`converged` has a sliced Wasserstein distance of 11.6; the best of the course's five has 45.1, real
+faces have 8.8 (lower is better; one seed; results/full_size.json). At 64 px and width 128 it has
+16.9 +- 1.1 over three seeds, real faces 9.9 (results/table.json).
+
+    faces, held_out = load_faces("photos.zip", size=64)
+    config = PRESETS["converged"].but(image_size=64, width=128)
+    run = train(config, faces, "results/my_idea")
+    show_images(sample(run, 36)).savefig("samples.png")
+    evaluate(run, held_out, reference(held_out, faces))
+
+Contents: networks, losses, the two steps, config, training, runs, data, metrics, plots, faster
+penalties. Images are uint8 (N, 3, S, S) everywhere but inside the networks, which see floats in
+[-1, 1] where G ends in tanh, else in [0, 1].
+"""
+
 from __future__ import annotations
 
-import contextlib, copy, dataclasses, functools, gzip, hashlib, io, math, multiprocessing, numbers
-import os, signal, tempfile, threading, time, zipfile
+import contextlib
+import copy
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import math
+import multiprocessing
+import numbers
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import warnings
+import zipfile
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from difflib import get_close_matches
+from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
@@ -24,17 +50,379 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+VERSION = "3.0"  # stored with every run
 torch.set_flush_denormal(True)  # where D has won, a CPU is 100 times as slow with denormal numbers
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
-def need(is_right: Any, message: str) -> None:
-    if not is_right:
+
+def check(condition, message: str):
+    if not condition:
         raise ValueError(message)
 
-# ---------------------------------------------------------------------------------------- config
+
+# ---------------------------------------------------------------------------------------- networks
+
+
+class CSPup(nn.Module):
+    """Cross-stage-partial block that doubles the resolution: (N, in, H, W) -> (N, out, 2H, 2W).
+
+    One half of the channels is only upsampled. The other half is transformed as well. Their sum is
+    the output (after arXiv 1911.11929). The two deconvolutions have weights of their own.
+
+    act: makes an activation, like nn.ReLU.
+    norm: "none", "right" (BatchNorm after the first two convolutions of the right branch) or "both"
+        (after all three, and after the left deconvolution).
+    kernel, stride, padding: of both deconvolutions. 4, 2, 1 doubles; 4, 1, 0 opens 1x1 to 4x4.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, act=nn.ReLU, norm="none", kernel=4, stride=2, padding=1
+    ):
+        super().__init__()
+        if in_channels < 2 or norm not in ("none", "right", "both"):
+            raise ValueError(f"{in_channels=}, {norm=}: expected 2 or more; none, right or both")
+        left = in_channels // 2
+        right = in_channels - left
+        inner_norm = nn.Identity if norm == "none" else nn.BatchNorm2d
+        outer_norm = nn.BatchNorm2d if norm == "both" else nn.Identity
+        self.left = nn.Sequential(
+            nn.ConvTranspose2d(left, out_channels, kernel, stride, padding),
+            outer_norm(out_channels),
+        )
+        self.right = nn.Sequential(
+            nn.Conv2d(right, right, 1),
+            inner_norm(right),
+            act(),
+            nn.ConvTranspose2d(right, out_channels, kernel, stride, padding),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            inner_norm(out_channels),
+            act(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            outer_norm(out_channels),
+        )
+
+    def forward(self, x):
+        half = x.shape[1] // 2
+        left = self.left(x[:, :half])  #                                        (N, out, 2H, 2W)
+        right = self.right(x[:, half:])  #                                      (N, out, 2H, 2W)
+        return left + right
+
+
+class Generator(nn.Module):
+    """The assignment's generator: z (N, z_dim) -> images (N, 3, S, S), in the range of the head.
+
+    The assignment draws five boxes, 4x4x1024 to 64x64x64, and a last deconvolution. `ladder` says
+    how the drawing is read:
+
+    "cspup_first":  z as 1x1 -> CSPup -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
+    "deconv_first": z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
+    "cspup_last":   z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 128x128 -> 3x3, same size
+
+    image_size: a power of two from 16 up. width: channels at 4x4, halved with every doubling.
+    act, norm: of the blocks, see `CSPup`. kernel: of the deconvolutions that double, 4 or 2.
+    head: makes the last activation: nn.Tanh for [-1, 1], nn.Sigmoid or nn.ReLU for [0, 1].
+    """
+
+    def __init__(
+        self,
+        image_size=128,
+        width=1024,
+        z_dim=100,
+        ladder="cspup_first",
+        act=nn.ReLU,
+        norm="none",
+        kernel=4,
+        head=nn.Sigmoid,
+    ):
+        super().__init__()
+        double = (kernel, 2, kernel // 2 - 1)
+        last = {"cspup_first": double, "deconv_first": double, "cspup_last": (3, 1, 1)}[ladder]
+        rungs = image_size.bit_length() - 3  # 4x4, 8x8, ... half of the image
+        if ladder == "cspup_last":
+            rungs += 1
+        channels = [max(2, width >> k) for k in range(rungs)]
+        if ladder == "cspup_first":
+            self.stem = CSPup(z_dim, channels[0], act, norm, 4, 1, 0)
+        else:
+            self.stem = nn.ConvTranspose2d(z_dim, channels[0], 4, 1, 0)
+        blocks = [CSPup(c, out, act, norm, *double) for c, out in zip(channels, channels[1:])]
+        self.blocks = nn.Sequential(*blocks)
+        self.to_rgb = nn.Sequential(nn.ConvTranspose2d(channels[-1], 3, *last), head())
+
+    def forward(self, z):
+        x = self.stem(z[:, :, None, None])  #                                   (N, width, 4, 4)
+        x = self.blocks(x)  #                                          (N, C, S/2, S/2), or S, S
+        with torch.autocast(x.device.type, enabled=False):  # half precision is coarser than a pixel
+            return self.to_rgb(x.float())  #                                        (N, 3, S, S)
+
+
+class DCGANGenerator(nn.Module):
+    """The control: DCGAN's generator (arXiv 1511.06434), z and images as those of `Generator`."""
+
+    def __init__(self, image_size=128, width=1024, z_dim=100, head=nn.Tanh):
+        super().__init__()
+        channels = [max(2, width >> k) for k in range(image_size.bit_length() - 3)]
+        self.stem = self.up(z_dim, channels[0], 1, 0)
+        blocks = [self.up(c, out, 2, 1) for c, out in zip(channels, channels[1:])]
+        self.blocks = nn.Sequential(*blocks)
+        self.to_rgb = nn.Sequential(nn.ConvTranspose2d(channels[-1], 3, 4, 2, 1), head())
+
+    def up(self, c, out, stride, padding):
+        deconv = nn.ConvTranspose2d(c, out, 4, stride, padding, bias=False)
+        return nn.Sequential(deconv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+
+    def forward(self, z):
+        x = self.stem(z[:, :, None, None])  #                                   (N, width, 4, 4)
+        x = self.blocks(x)  #                                                   (N, C, S/2, S/2)
+        with torch.autocast(x.device.type, enabled=False):  # as in `Generator`
+            return self.to_rgb(x.float())  #                                        (N, 3, S, S)
+
+
+class Discriminator(nn.Module):
+    """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
+
+    Convolutions of kernel 4 and stride 2 down to a map of 4x4, with the generator's channels in
+    reverse, LeakyReLU(0.2), BatchNorm on all but the first (`norm`), and one convolution over the
+    map. fewer: convolutions left out, the deepest first, so that the map is larger.
+    """
+
+    def __init__(self, image_size=128, width=1024, norm=True, fewer=0):
+        super().__init__()
+        rungs = image_size.bit_length() - 3
+        channels = [max(2, width >> k) for k in range(rungs)][fewer:][::-1]
+        layers = [nn.Conv2d(3, channels[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c, out in zip(channels, channels[1:]):
+            layers.append(nn.Conv2d(c, out, 4, 2, 1))
+            if norm:  # no running statistics: D is never used in evaluation mode
+                layers.append(nn.BatchNorm2d(out, track_running_stats=False))
+            layers.append(nn.LeakyReLU(0.2))
+        self.features = nn.Sequential(*layers)
+        self.to_logit = nn.Conv2d(channels[-1], 1, image_size >> len(channels))
+
+    def forward(self, x):
+        x = self.features(x)  #                                                     (N, C, s, s)
+        return self.to_logit(x).flatten().float()  #                                        (N,)
+
+
+def init_dcgan(network, seed):
+    """DCGAN's: weights N(0, 0.02^2), BatchNorm's scales N(1, 0.02^2), biases 0."""
+    random = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, 0, 0.02, generator=random)
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1, 0.02, generator=random)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def init_he(network, seed):
+    """He's (arXiv 1502.01852): activations keep their size from layer to layer; biases 0.
+
+    The variance of a weight is gain / (products that are summed in one output). The gain is 2, for
+    half of what an activation is given is lost; of a deconvolution it is 1, for in CSPup no
+    activation follows it. The weights of `to_rgb` are a quarter of that, or pixels would saturate.
+    """
+    random = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            variance = 2 / (layer.in_channels * layer.kernel_size[0] ** 2)
+            if isinstance(layer, nn.ConvTranspose2d):
+                overlap = layer.kernel_size[0] // layer.stride[0]  # inputs that meet in an output
+                if layer.padding[0] == 0:  # 1x1 opens to 4x4, or 2x2 beside 2x2: none meet
+                    overlap = 1
+                variance = 1 / (layer.in_channels * overlap**2)
+            nn.init.normal_(layer.weight, 0, math.sqrt(variance), generator=random)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+    if hasattr(network, "to_rgb"):
+        network.to_rgb[0].weight.data.mul_(0.25)
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What D and G minimise, by D's logits (N,) on real and on generated images."""
+
+    d: Callable  # (d_real, d_fake, smoothing) -> (); smoothing: real images' target is 1 minus this
+    g: Callable  # (d_real, d_fake) -> ()
+    g_needs_real: bool = True  # False: d_real is None in G's step, which saves a pass through D
+    # smoothing -> the logit of the best D where generated images are as real ones. None: not known.
+    fair_logit: Callable | None = None
+
+    def equilibrium(self, smoothing=0.0):
+        """(D's loss, G's loss) where generated images are as real ones; None: not known."""
+        if self.fair_logit is None:
+            return None
+        logit = torch.tensor([self.fair_logit(smoothing)], dtype=torch.float64)  #          (1,)
+        return self.d(logit, logit, smoothing).item(), self.g(logit, logit).item()
+
+
+def bce(logits, target):
+    """Mean binary cross-entropy of sigmoid(logits), (N,), and one target; ln 2 if D cannot tell.
+
+    This is the course's form. Below a logit of -28 its gradient is 0 in float32: G learns no more.
+    """
+    p = torch.sigmoid(logits)  #                                                            (N,)
+    loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
+    return (
+        loss + 0 * logits.sum()
+    )  # NaN again where there was one: given to CUDA, it ends the process
+
+
+def bce_logits(logits, target):
+    """The same value, from the logits themselves: its gradient never dies."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def relativistic(higher, lower):
+    """Mean softplus(lower - higher) over pairs of logits, (N,) each; ln 2 where they are equal.
+
+    A shift of all logits changes nothing: D learns an order (arXiv 1807.00734, 2501.05441).
+    """
+    return F.softplus(lower - higher).mean()
+
+
+def bce_fair_logit(smoothing):
+    """The best D says p = (1 - smoothing) / 2 everywhere (Goodfellow 2014, proposition 1)."""
+    return math.log((1 - smoothing) / (1 + smoothing))
+
+
+LOSSES = {  # G's are the non-saturating ones (Goodfellow 2014, section 3)
+    "bce": Loss(
+        d=lambda d_real, d_fake, smoothing: bce(d_real, 1 - smoothing) + bce(d_fake, 0),
+        g=lambda d_real, d_fake: bce(d_fake, 1),
+        g_needs_real=False,
+        fair_logit=bce_fair_logit,
+    ),
+    "bce_logits": Loss(
+        d=lambda d_real, d_fake, smoothing: (
+            bce_logits(d_real, 1 - smoothing) + bce_logits(d_fake, 0)
+        ),
+        g=lambda d_real, d_fake: bce_logits(d_fake, 1),
+        g_needs_real=False,
+        fair_logit=bce_fair_logit,
+    ),
+    "relativistic": Loss(
+        d=lambda d_real, d_fake, smoothing: relativistic(d_real, d_fake),
+        g=lambda d_real, d_fake: relativistic(d_fake, d_real),
+        fair_logit=lambda smoothing: 0.0,
+    ),
+}
+
+
+def gradient_penalty(logits, images):
+    """|grad_x D(x)|^2 of each image, (N,): R1 at real, R2 at generated ones (arXiv 1801.04406).
+
+    logits: (N,), of D on images (N, 3, S, S). A D with BatchNorm mixes the images of a batch, and
+    with them these gradients. The graph is kept, so that the penalty can be minimised.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  #   (N, 3, S, S)
+    return gradient.square().sum(dim=(1, 2, 3))  #                                          (N,)
+
+
+# ----------------------------------------------------------------------------------- the two steps
+
+
+class Precision:
+    """What a network's passes are computed in: "float32", or "float16" or "bfloat16" by autocast.
+
+    Gradients in float16 are scaled up, or the small ones would be 0. The scale is halved where
+    they overflow, and that step is left out. One object for each optimizer.
+    """
+
+    def __init__(self, name="float32", device="cpu"):
+        self.name = name
+        self.device = device
+        # The usual first scale, 65,536, overflows in `d_step_linear`.
+        self.scaler = torch.amp.GradScaler(device, init_scale=256, enabled=name == "float16")
+
+    def autocast(self):
+        enabled = self.name != "float32"
+        return torch.autocast(self.device, getattr(torch, self.name), enabled)
+
+    def step(self, optimizer):
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+FLOAT32 = Precision()
+
+
+def d_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
+    """D: minimise  L_D(D(real), D(fake)) + r1/2 |grad D(real)|^2 + r2/2 |grad D(fake)|^2.
+
+    real, fake: (N, 3, S, S). G is left alone. config: its loss, label_smoothing, r1 and r2. For
+    "bce" this is Goodfellow's step (2014, algorithm 1).
+    Returns detached numbers: L_D, the mean logits on real and on fake, the sum of the penalties.
+    """
+    loss = LOSSES[config.loss]
+    discriminator.train().requires_grad_(True)
+    optimizer.zero_grad()
+    real = real.detach().requires_grad_(config.r1 > 0)  #                           (N, 3, S, S)
+    fake = fake.detach().requires_grad_(config.r2 > 0)  #                           (N, 3, S, S)
+    with precision.autocast():
+        d_real = discriminator(real)  #                                                     (N,)
+        d_fake = discriminator(fake)  #                                                     (N,)
+    d_loss = loss.d(d_real, d_fake, config.label_smoothing)  #                                ()
+    penalty = torch.zeros_like(d_loss)  #                                                     ()
+    if config.r1:
+        penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
+    if config.r2:
+        penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
+    precision.scaler.scale(d_loss + penalty).backward()
+    precision.step(optimizer)
+    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #         (4,)
+
+
+def g_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
+    """G: minimise  L_G(D(real), D(fake)).
+
+    real, fake: (N, 3, S, S), fake with its graph. D is left alone. config: its loss.
+    Returns L_G, detached.
+    """
+    loss = LOSSES[config.loss]
+    discriminator.train().requires_grad_(False)
+    optimizer.zero_grad()
+    with precision.autocast():
+        d_real = discriminator(real) if loss.g_needs_real else None  #                      (N,)
+        d_fake = discriminator(fake)  #                                                     (N,)
+    g_loss = loss.g(d_real, d_fake)  #                                                        ()
+    precision.scaler.scale(g_loss).backward()
+    precision.step(optimizer)
+    return g_loss.detach()
+
+
+# ------------------------------------------------------------------------------------------ config
+
+GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": functools.partial(nn.LeakyReLU, 0.2), "tanh": nn.Tanh}
+HEADS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+INITS = {"dcgan": init_dcgan, "he": init_he}
+SIZES = (16, 32, 64, 128, 256)
+CHOICES = {  # the legal values of fields that are not any number; an entry in a table is legal
+    "image_size": SIZES,
+    "head": HEADS,
+    "flip": (False, True),
+    "generator": GENERATORS,
+    "ladder": ("cspup_first", "deconv_first", "cspup_last"),
+    "deconv_kernel": (2, 4),
+    "block_act": ACTIVATIONS,
+    "block_norm": ("none", "right", "both"),
+    "d_norm": (False, True),
+    "init": INITS,
+    "loss": LOSSES,
+}
+LEAST = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1}  # else 0
+MOST = {"lr_end": 1, "label_smoothing": 0.99, "beta1": 0.9999, "beta2": 0.999999, "seed": 2**14 - 1}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What makes one run differ from another. Frozen: derive new ones with `.but(...)`."""
+
     image_size: int = 128  # pixels a side: 16, 32, 64, 128 or 256
     head: str = "sigmoid"  # G's last activation: "tanh" ([-1, 1]), "sigmoid" or "relu" ([0, 1])
     flip: bool = False  # every second real image, at random, is mirrored
@@ -45,17 +433,17 @@ class Config:
     deconv_kernel: int = 4  # of what doubles: 4 (4x4, stride 2, padding 1) or 2 (2x2, stride 2)
     block_act: str = "relu"  # inside CSPup: "relu", "leaky_relu" (slope 0.2) or "tanh"
     block_norm: str = "none"  # BatchNorm inside CSPup: "none", "right" or "both", see there
-    d_norm: bool = True  # BatchNorm on all its convolutions but the first and the last
-    d_wider: int = 1  # its channels, times those of G
+    d_norm: bool = True  # BatchNorm on all of D's convolutions but the first and the last
+    d_wider: int = 1  # D's channels, times those of G
     d_fewer: int = 0  # stride-2 convolutions left out of D, the deepest first
-    init: str = "dcgan"  # weights N(0, 0.02), or "he": activations keep their size (`initialise`)
+    init: str = "dcgan"  # weights N(0, 0.02^2), or "he": activations keep their size
     loss: str = "bce"  # "bce" (after a sigmoid, as the course has it), "bce_logits", "relativistic"
     label_smoothing: float = 0.0  # D's target for real images is 1 minus this; not "relativistic"
     r1: float = 0.0  # weight gamma of the penalty gamma/2 |grad D|^2 at real images
     r2: float = 0.0  # the same at generated images
     batch_size: int = 128  # images in one step
     epochs: int = 5
-    epoch_images: int | None = None  # images that count as one epoch; None: as many as there are
+    epoch_images: int = 0  # images that count as one epoch; 0: as many as there are
     lr_g: float = 2e-4  # Adam's step size for G
     lr_d: float = 2e-4  # Adam's step size for D
     lr_width: int = 0  # width at which the rates were found, see `adam`; 0: they hold at every one
@@ -66,622 +454,79 @@ class Config:
     ema_images: int = 0  # half-life, in images, of a running mean of G, which is then kept; 0: none
     d_every: int = 1  # D learns in every d_every-th step, G in every one
     seed: int = 0  # 4 seed + 0 and 1 are the seeds of weights, + 2 of noise, + 3 of data order
+
     def __post_init__(self) -> None:
-        choices: dict[str, Any] = {
-            "image_size": SIZES, "head": HEADS, "generator": GENERATORS, "ladder": LADDERS,
-            "deconv_kernel": DECONVS, "block_act": ACTIVATIONS, "block_norm": NORMS, "init": INITS,
-            "loss": D_LOSSES, "flip": (True, False), "d_norm": (True, False)}
-        least = {"z_dim": 2, "width": 2, "batch_size": 2, "d_wider": 1, "epochs": 1, "d_every": 1,
-                 "epoch_images": self.batch_size}
-        most = {"lr_end": 1, "label_smoothing": 0.99, "beta1": 0.9999, "beta2": 0.999999,
-                "seed": 2**14 - 1, "d_fewer": [*SIZES, self.image_size].index(self.image_size) + 1}
-        for name, value in [x for x in vars(self).items() if x != ("epoch_images", None)]:
-            if name in choices:
-                legal, wish = list(choices[name]), f"one of {list(choices[name])}"
-                good = value in legal
-                plain = legal[legal.index(value)] if good else value
+        for field in dataclasses.fields(self):
+            value, plain = getattr(self, field.name), type(field.default)
+            if field.name in CHOICES:
+                legal = list(CHOICES[field.name])
+                check(value in legal, f"{field.name}={value!r}: expected one of {legal}")
             else:
-                low, high = least.get(name, 0), most.get(name, 1e99)
-                is_real = type(self).__annotations__[name] == "float"  # a string, by __future__
-                good = isinstance(value, numbers.Real if is_real else numbers.Integral)
-                good = good and not isinstance(value, bool) and low <= value <= high
-                plain = (float if is_real else int)(value) if good else value
-                wish = f"a {'' if is_real else 'whole '}number from {low} to {high}"
-            need(good, f"{name}={value!r}: expected {wish}")
-            object.__setattr__(self, name, plain)  # no NumPy number
-    def but(self, **changes: Any) -> Config:
+                low, high = LEAST.get(field.name, 0), MOST.get(field.name, 10**12)
+                is_legal = isinstance(value, numbers.Real) and low <= value <= high
+                is_legal = is_legal and plain(value) == value  # 2.5 is no whole number
+                expected = f"expected {plain.__name__} from {low} to {high}"
+                check(is_legal, f"{field.name}={value!r}: {expected}")
+            object.__setattr__(self, field.name, plain(value))  # NumPy's numbers are taken
+        most = self.image_size.bit_length() - 4  # one convolution stays
+        check(self.d_fewer <= most, f"d_fewer={self.d_fewer}: expected int from 0 to {most}")
+        is_epoch = self.epoch_images == 0 or self.epoch_images >= self.batch_size
+        check(is_epoch, f"epoch_images={self.epoch_images}: expected 0, or batch_size at least")
+
+    def but(self, **changes) -> Config:
         """The same config with some fields changed: one experiment is one call."""
-        names = [*vars(self)]
-        for name in changes.keys() - set(names):
-            near = get_close_matches(name, names, 1)
-            need(False, f"Config has no field {name!r}: expected one of {near or names}")
+        unknown = changes.keys() - vars(self).keys()
+        check(not unknown, f"Config has no field {unknown}: expected some of {list(vars(self))}")
         return dataclasses.replace(self, **changes)
+
     def label(self, base: Config | None = None) -> str:
-        """The difference from `base` (None: BASELINE) in words: "lr_d=0.0003, head=tanh"."""
-        there, here = (dataclasses.asdict(config) for config in (base or BASELINE, self))
-        return ", ".join(f"{k}={v}" for k, v in here.items() if v != there[k]) or "no change"
+        """The difference from `base` (None: BASELINE) in words: "head=tanh, lr_d=0.0003"."""
+        there = vars(base or BASELINE)
+        changes = [f"{name}={value}" for name, value in vars(self).items() if value != there[name]]
+        return ", ".join(changes) or "no change"
+
     @property
-    def pixel_range(self) -> tuple[float, float]:
+    def pixel_range(self):
         """What the networks see: the range of the head, for real and generated images alike."""
         return (-1.0, 1.0) if self.head == "tanh" else (0.0, 1.0)
 
-# ------------------------------------------------------------------------------------------ data
-SIZES = (16, 32, 64, 128, 256)
-CACHE_DIR = Path.home() / ".cache" / "cspgan"  # Kaggle would keep 10 GB in the working folder
-HOW_TO_GET_FACES = ("On Kaggle add jessicali9530/celeba-dataset. Elsewhere: a folder or zip of "
-                    "images in CSPGAN_DATA or data/. Without any: toy_faces(n, size).")
-Image.init()
-FORMATS = [kind for kind in "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()
-           if kind in Image.OPEN]  # of cameras, browsers and data sets; EPS would start Ghostscript
-ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-open_zip = functools.lru_cache(4)(lambda path, process: zipfile.ZipFile(path))  # forks share none
 
-class Faces(torch.utils.data.Dataset):
-    """The images of a folder or zip, sub-folders too, for any DataLoader: [i] -> uint8 (3, size,
-    size), the largest centred square, upright, on white, antialiased; passed_over counts links and
-    what is no image. A file that cannot be read raises a ValueError, with what to do."""
-    def __init__(self, source: str | Path, size: int) -> None:
-        need(size in SIZES and isinstance(source, (str, os.PathLike)),
-             f"source={source!r}, size={size!r}: expected a path, and one of {SIZES}")
-        self.source, self.size = Path(os.path.realpath(os.path.expanduser(source))), int(size)
-        self.passed_over: Counter[str] = Counter()
-        self.is_zip = self.source.is_file() and zipfile.is_zipfile(self.source)  # no pipe is opened
-        open_zip.cache_clear()  # another zip may lie there by now
-        if not self.is_zip and not self.source.is_dir():
-            raise FileNotFoundError(f"{self.source}: no folder, and no zip that can be read (other "
-                                    f"archives must be unpacked). {HOW_TO_GET_FACES}")
-        walk = os.walk(self.source, onerror=lambda _: self.passed_over.update(["closed folder"]))
-        files = (open_zip(self.source, os.getpid()).namelist() if self.is_zip else
-                 [os.path.join(top, name)[len(str(self.source)) + 1 :] for top, dirs, names in walk
-                  for name in [*names, *(d for d in dirs if os.path.islink(f"{top}/{d}"))]])
-        shown = [name for name in files if "/." not in f"/{name.removeprefix('./')}" and
-                 "__MACOSX/" not in name]
-        self.names = sorted(name for name in shown if name[-1] != "/" and self.is_image(name))
-    def __len__(self) -> int:
-        return len(self.names)
-    def __getitem__(self, i: int) -> Tensor:
-        name, data = self.names[i], b""
-        try:
-            data = self.read(name)
-            return torch.from_numpy(self.decode(data, self.size))        # (3, size, size)
-        except Exception as error:  # whatever a damaged file raises
-            why = f"{said(error).split(' <_io')[0]}, it begins with {data[:24]!r}"
-            todo = "run 'git lfs pull'" if b"git-lfs" in data[:40] else "replace or remove it"
-            raise ValueError(f"{self.source}/{name!r} cannot be read ({why}): {todo}") from error
-    def is_image(self, name: str) -> bool:
-        ending = os.path.splitext(name)[1].lower()
-        found = ending in ENDINGS
-        with contextlib.suppress(Exception):
-            start = b"" if found else self.read(name, 32)
-            if any(Image.OPEN[kind][1](start) is True for kind in FORMATS):  # or a text begins so
-                found = bool(Image.open(io.BytesIO(self.read(name)), formats=FORMATS))
-        self.passed_over.update([] if found else [ending or "without ending"])
-        return found
-    def read(self, name: str, most: int = 256_000_000) -> bytes:
-        """A file's first bytes. No pipe, no link (it may lead anywhere), nothing too large."""
-        path, archive = self.source / name, self.is_zip and open_zip(self.source, os.getpid())
-        size = archive.getinfo(name).file_size if archive else path.lstat().st_size
-        need(size <= 256_000_000 and (archive or path.is_file() and not path.is_symlink()),
-             f"{size:,} bytes: expected a file, no link, of up to 256 MB")
-        with archive.open(name) if archive else open(path, "rb") as file:
-            return file.read(most)
-    @staticmethod
-    def decode(data: bytes, size: int) -> np.ndarray:
-        """One encoded image of any mode as RGB, uint8 (3, size, size)."""
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        image.draft("RGB", (2 * size, 2 * size))  # a far larger JPEG is unpacked at 1/2, 1/4, 1/8
-        image.load()
-        with contextlib.suppress(Exception):  # a malformed EXIF block says nothing of the pixels
-            image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 bits a pixel: convert would clip, not scale
-            grey = np.asarray(image, dtype=np.float32) / 257
-            image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data:  # the colours under transparent pixels are arbitrary
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        return np.asarray(square).transpose(2, 0, 1).copy()              # (3, size, size)
-
-def find_faces(places: tuple[str | Path, ...] = ("/kaggle/input", "data")) -> Path | None:
-    """CSPGAN_DATA, or the folder or zip in Kaggle's input folder, or in ./data, that holds CelebA's
-    `img_align_celeba`, or else most images. What is passed over is printed. None: `toy_faces`."""
-    if given := os.environ.get("CSPGAN_DATA"):
-        return Faces(given, SIZES[0]).source  # or its error: nothing takes the place of this
-    # Names that lead to one data set: datasets/OWNER/SLUG (once d/), competitions/NAME, else NAME.
-    depths = {"": 0, "d": 3, "datasets": 3, "notebooks": 3, "models": 3, "competitions": 2}
-    for place in filter(Path.is_dir, map(Path, places)):
-        counts, celeba, files = Counter(), set(), Faces(place, SIZES[0])
-        for name in files.names:
-            parts = os.path.dirname(name).split(os.sep)
-            depth = depths.get(parts[0], 1)
-            if "img_align_celeba" in parts:
-                depth = parts.index("img_align_celeba") + 1
-                celeba.add(place.joinpath(*parts[:depth]))
-            counts[place.joinpath(*parts[:depth])] += 1
-        for path in {*place.rglob("*.[zZ][iI][pP]"), *filter(os.path.islink, place.iterdir())}:
-            with contextlib.suppress(OSError, ValueError):  # half a download
-                inside = Faces(path, SIZES[0])
-                if not files.source.is_relative_to(inside.source):  # no link to a folder above
-                    counts[path] = len(inside)
-                    celeba.update(path for name in inside.names if "img_align_celeba/" in name)
-                ending = os.path.splitext(path)[1].lower() or "without ending"
-                files.passed_over[ending] -= counts[path] > 0  # what is used is not passed over
-        found = sorted(+counts, key=lambda p: (p not in celeba, -counts[p], p))  # +: no zeros
-        if over := {str(path): counts[path] for path in found[1:]} | +files.passed_over:
-            print(f"{place}: passed over {over} (archives must be unpacked, or zips).")
-        if found:
-            print(f"Images: {found[0]} ({counts[found[0]]:,}).")
-            return found[0]
-    return None
-
-def load_faces(source: str | Path | None, size: int, cache_dir: str | Path = CACHE_DIR) -> Tensor:
-    """All images of a folder or zip (None: 4,096 procedural faces), uint8 (N, 3, size, size),
-    decoded once, memory-mapped, those last that `hold_out` holds out. Names what it cannot read."""
-    if source is None:
-        return toy_faces(4096, size)
-    faces, folder = Faces(source, size), Path(cache_dir).expanduser()
-    passed = f"passed over: {dict(faces.passed_over) or 'nothing'}"
-    need(faces.names, f"{faces.source}: no image ({passed}). {HOW_TO_GET_FACES}")
-    files = [faces.source] if faces.is_zip else [faces.source / name for name in faces.names]
-    stats = [(s.st_size, s.st_mtime_ns) for s in map(os.lstat, files)]
-    state = repr((faces.source, faces.names, stats, "crop 3")).encode()  # 3rd version of `decode`
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        print(f"{folder} cannot be used ({said(error)}): images are cached in a temporary folder.")
-        folder = Path(tempfile.gettempdir())
-    cache = folder / f"{faces.source.stem}-{size}px-{hashlib.sha1(state).hexdigest()[:12]}.u8"
-    if not cache.exists():
-        print(f"Decoding {len(faces):,} images of {faces.source} ({passed}).")
-        write_aside(cache, lambda file: decode_all(faces, file))
-    pixels = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)
-    return pixels.view(-1, 3, faces.size, faces.size)
-
-def decode_all(faces: Faces, file: IO[bytes]) -> None:
-    """Write the pixels of all images, held-out ones last, on all cores: Pillow lets threads run."""
-    def decode(i: int) -> bytes | str:
-        try:
-            return faces[i].numpy().tobytes()
-        except ValueError as error:  # it must not cost the other 200,000
-            return str(error).removeprefix(f"{faces.source}/")
-    damaged, held, keys = [], [], Counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(faces), "decoding") as bar:
-        for start in range(0, len(faces), 512):  # no more wait in memory, except `held`
-            for image in pool.map(decode, range(len(faces))[start : start + 512]):
-                bar.update()
-                if isinstance(image, str):
-                    damaged.append(image)
-                    continue
-                keys[key := content_key(image)] += 1
-                held.append(image) if key < 0.1 else file.write(image)  # the share of `hold_out`
-    file.writelines(held)
-    if damaged or keys.total() > len(keys):
-        print(f"Exact copies of others: {keys.total() - len(keys):,}. Skipped {len(damaged):,}:",
-              "; ".join(damaged[:10]))
-    need(keys, f"{faces.source}: none of its images can be read. {HOW_TO_GET_FACES}")
-
-def content_key(image: Any) -> float:
-    """A random number in [0, 1) from an image's bytes alone: the same on every call and machine."""
-    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") / 2**64
-
-def hold_out(images: Tensor, share: float = 0.1) -> tuple[Tensor, Tensor]:
-    """(images to train on, the rest, to measure on), views of what `load_faces` made, or copies. An
-    image's content alone decides: it stays on its side when others come, and so do its copies."""
-    need(isinstance(images, Tensor) and isinstance(share, numbers.Real),
-         f"images={images!r:.80}, share={share!r}: expected what load_faces gives, and a number")
-    keys = np.array([content_key(image) for image in images.cpu().contiguous().numpy()])
-    held = torch.from_numpy((keys < share) | (keys == keys.min(initial=1)))  # (N,), one at least
-    n = int((~held).sum())
-    need(n and held.any() and 0 < share < 1, f"share={share} of {len(images)} images, of which "
-         f"{len(set(keys))} differ: expected 0 < share < 1, and some for either side")
-    return (images[:n], images[n:]) if held[n:].all() else (images[~held], images[held])
-
-def toy_faces(n: int, size: int, seed: int = 0) -> Tensor:
-    """Procedural faces, uint8 (n, 3, size, size); a smaller n gives the first of the same faces."""
-    need(isinstance(n, numbers.Integral) and n > 0 and size in SIZES,
-         f"n={n!r}, size={size!r}: expected 1 or more, and one of {SIZES}")
-    faces = np.empty((n, 3, size := int(size), size), dtype=np.uint8)
-    for i in range(n):
-        u = np.random.default_rng((seed, i)).random(13)
-        ground, skin, hair, lips, iris, dress = (tuple(int(v) for v in colour) for colour in (
-            110 + 110 * u[:3], (0.4 + 0.6 * u[3]) * np.array([255, 208, 180]),
-            (0.1 + 0.7 * u[4]) * np.array([255, 190, 105]), (190, 100 - 70 * u[5], 80),
-            (40, 20 + 100 * u[6], 10 + 170 * u[6]), (60 + 170 * u[7], 85, 150 - 75 * u[7])))
-        x, y, wide, long = 102 + 52 * u[8], 112 + 32 * u[9], 52 + 18 * u[10], 80 * u[11]
-        image = Image.new("RGB", (256, 256), ground)
-        for colour, dx, dy, a, b in (
-                (dress, 0, 150, 110, 62), (hair, 0, long - 25, wide + 14, 66 + long),
-                (skin, 0, 12, wide, 76), (lips, 0, 54, 22, 4 + 9 * u[12]), ("white", 27, 0, 15, 9),
-                (iris, 27, 0, 8, 8), (hair, 27, -22, 18, 5)):  # ellipses, mirrored
-            for cx, cy in {(x - dx, y + dy), (x + dx, y + dy)}:
-                ImageDraw.Draw(image).ellipse((cx - a, cy - b, cx + a, cy + b), colour)
-        faces[i] = np.asarray(image.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
-    return torch.from_numpy(faces)
-
-# ---------------------------------------------------------------------------------------- models
-ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh}
-HEADS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
-INITS, DECONVS = ("dcgan", "he"), {4: (4, 2, 1), 2: (2, 2, 0)}  # kernel: (it, stride, padding)
-LADDERS, NORMS = ("cspup_first", "deconv_first", "cspup_last"), ("none", "right", "both")
-
-class CSPup(nn.Module):
-    """Cross-stage-partial block that doubles the resolution: (N, in, H, W) -> (N, out, 2H, 2W).
-    Half of the channels goes through a deconvolution only; the other half through conv 1x1, its
-    own deconvolution and two conv 3x3; the branches are added (after arXiv 1911.11929). act: makes
-    an activation. norm: BatchNorm after the first two convolutions on the right ("right"), or after
-    all three and the left deconvolution ("both"). deconv: (kernel, stride, padding) of both."""
-    def __init__(self, in_channels: int, out_channels: int, act=nn.ReLU, norm: str = "none",
-                 deconv: tuple[int, int, int] = (4, 2, 1)) -> None:
-        super().__init__()
-        if in_channels < 2 or norm not in ("none", "right", "both"):
-            raise ValueError(f"{in_channels=}, {norm=}: expected 2 or more; none, right or both")
-        left, right, out = in_channels // 2, in_channels - in_channels // 2, out_channels
-        early: Any = nn.BatchNorm2d if norm != "none" else nn.Identity
-        late: Any = nn.BatchNorm2d if norm == "both" else nn.Identity
-        self.left = nn.Sequential(nn.ConvTranspose2d(left, out, *deconv), late(out))
-        self.right = nn.Sequential(
-            nn.Conv2d(right, right, 1), early(right), act(),
-            nn.ConvTranspose2d(right, out, *deconv),
-            nn.Conv2d(out, out, 3, padding=1), early(out), act(),
-            nn.Conv2d(out, out, 3, padding=1), late(out))
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        half = x.shape[1] // 2
-        left, right = x[:, :half], x[:, half:]                           # (N, in/2, H, W) each
-        return self.left(left) + self.right(right)                       # (N, out, 2H, 2W)
-
-def channel_ladder(config: Config) -> list[int]:
-    """Channels at 4x4, 8x8, ... half the image size: [1024, 512, 256, 128, 64] at full size."""
-    return [max(2, config.width >> stage) for stage in range(int(math.log2(config.image_size)) - 2)]
-
-class Generator(nn.Module):
-    """The assignment's generator: z (N, z_dim) -> images (N, 3, S, S) in the config's pixel range.
-    Its drawing has five boxes, 4x4x1024 to 64x64x64, and a deconvolution; by `ladder` that is
-    "cspup_first":  z as 1x1 -> CSPup -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
-    "deconv_first": z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
-    "cspup_last":   z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 128x128 -> 3x3, same size"""
-    cast: torch.dtype | None = None  # precision of all layers except the last, None for float32
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config, channels = config, channel_ladder(config)
-        double = to_rgb = DECONVS[config.deconv_kernel]
-        if config.ladder == "cspup_last":
-            channels, to_rgb = [*channels, max(2, channels[-1] // 2)], (3, 1, 1)
-        self.stem = nn.ConvTranspose2d(config.z_dim, channels[0], 4, 1, 0)  # 1x1 to 4x4
-        if config.ladder == "cspup_first":
-            self.stem = self.up(config.z_dim, channels[0], (4, 1, 0))
-        pairs, head = zip(channels, channels[1:]), HEADS[config.head]()
-        self.blocks = nn.Sequential(*(self.up(c, out, double) for c, out in pairs))
-        self.to_rgb = nn.Sequential(nn.ConvTranspose2d(channels[-1], 3, *to_rgb), head)
-        initialise(self, config.init, 4 * config.seed)
-        self.to_rgb[0].weight.data *= 0.25 if config.init == "he" else 1  # at He's, pixels saturate
-    def up(self, in_channels: int, out_channels: int, deconv: tuple[int, int, int]) -> nn.Module:
-        act: Any = ACTIVATIONS[self.config.block_act]
-        return CSPup(in_channels, out_channels, act, self.config.block_norm, deconv)
-    def forward(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, self.cast) if self.cast else contextlib.nullcontext():
-            x = self.stem(z[:, :, None, None])                           # (N, width, 4, 4)
-            x = self.blocks(x)                                           # (N, C, S/2, S/2), or S
-        return self.to_rgb(x.float())  # half precision is coarser than a pixel: (N, 3, S, S)
-
-class DCGANGenerator(Generator):
-    """The control: DCGAN's (arXiv 1511.06434), with z, channels and output of `Generator`."""
-    def up(self, in_channels: int, out_channels: int, deconv: tuple[int, int, int]) -> nn.Module:
-        return nn.Sequential(nn.ConvTranspose2d(in_channels, out_channels, *deconv, bias=False),
-                             nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-class Discriminator(nn.Module):
-    """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
-    Convolutions of kernel 4, stride 2, down to a map of 4x4, with the generator's channels in
-    reverse, times `d_wider`; LeakyReLU(0.2), BatchNorm on all but the first; one over the map."""
-    cast: torch.dtype | None = None  # precision of all layers, None for float32
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        channels = [config.d_wider * c for c in channel_ladder(config)[config.d_fewer :][::-1]]
-        layers: list[nn.Module] = []
-        for c, out in zip([3, *channels], channels):
-            layers.append(nn.Conv2d(c, out, 4, 2, 1))
-            if config.d_norm and len(layers) > 1:  # no running statistics: D only works in training
-                layers.append(nn.BatchNorm2d(out, track_running_stats=False))
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
-        self.features = nn.Sequential(*layers)
-        self.to_logit = nn.Conv2d(channels[-1], 1, config.image_size >> len(channels))
-        initialise(self, config.init, 4 * config.seed + 1)
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, self.cast) if self.cast else contextlib.nullcontext():
-            x = self.features(x)                                         # (N, C, s, s)
-            return self.to_logit(x).flatten().float()                    # (N,)
-GENERATORS = {"cspup": Generator, "dcgan": DCGANGenerator}
-
-def initialise(network: nn.Module, init: str, seed: int) -> None:
-    """Biases 0; weights N(0, std^2), from the network's own seed. "dcgan": std 0.02, BatchNorm's
-    scales N(1, 0.02^2). "he" (arXiv 1502.01852): scales 1, std^2 = gain / (products that are summed
-    in one output). gain: 2, or 1 for a deconvolution, as in CSPup no activation follows it. In it
-    kernel^2 / stride^2 inputs overlap in one output pixel; where 1x1 opens to 4x4, one does."""
-    random = torch.Generator().manual_seed(seed)
-    for layer in network.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            kernel, stride = layer.kernel_size[0], layer.stride[0]
-            gain, overlap = 2, kernel**2
-            if isinstance(layer, nn.ConvTranspose2d):
-                gain, overlap = 1, (1 if (kernel, stride) == (4, 1) else kernel**2 // stride**2)
-            std = math.sqrt(gain / (layer.in_channels * overlap)) if init == "he" else 0.02
-            nn.init.normal_(layer.weight, 0, std, generator=random)
-        elif isinstance(layer, nn.BatchNorm2d) and init == "dcgan":
-            nn.init.normal_(layer.weight, 1, 0.02, generator=random)
-        if getattr(layer, "bias", None) is not None:
-            nn.init.zeros_(layer.bias)
-
-# ---------------------------------------------------------------------------------------- losses
-def bce(logits: Tensor, target: float) -> Tensor:
-    """Mean binary cross-entropy of sigmoid(logits), (N,), and one target; ln 2 if D cannot tell.
-    As the course has it: below a logit of -28 its backward clamps p (1 - p): G's gradient dies."""
-    p = torch.sigmoid(logits)                                            # (N,)
-    loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
-    return loss + 0 * logits.sum()  # NaN again, if there was one: CUDA's loss would end the process
-
-def bce_logits(logits: Tensor, target: float) -> Tensor:
-    """The same value from the logits themselves: its gradient never dies."""
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
-
-def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
-    """Mean softplus(lower - higher) over pairs of logits, (N,) each; ln 2 where they do not differ.
-    A shift of all logits changes nothing: D learns an order (arXiv 1807.00734, 2501.05441)."""
-    return F.softplus(lower - higher).mean()
-
-# Objectives of D and G by their logits, (N,) each; s: label smoothing. G's are non-saturating.
-D_LOSSES = {
-    "bce": lambda d_real, d_fake, s: bce(d_real, 1 - s) + bce(d_fake, 0),
-    "bce_logits": lambda d_real, d_fake, s: bce_logits(d_real, 1 - s) + bce_logits(d_fake, 0),
-    "relativistic": lambda d_real, d_fake, s: relativistic(d_real, d_fake)}
-G_LOSSES = {
-    "bce": lambda d_real, d_fake: bce(d_fake, 1),
-    "bce_logits": lambda d_real, d_fake: bce_logits(d_fake, 1),
-    "relativistic": lambda d_real, d_fake: relativistic(d_fake, d_real)}
-
-def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
-    """|grad_x D(x)|^2 of each image, (N,): R1 at real, R2 at generated ones (arXiv 1801.04406).
-    logits: (N,) of D; its BatchNorm would mix the images' gradients. Keeps the graph."""
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  # (N, 3, S, S)
-    return gradient.square().sum(dim=(1, 2, 3))                          # (N,)
-
-def equilibrium(config: Config) -> tuple[float, float]:
-    """(D loss, G loss) where images are as real ones: the best D says p = (1 - s) / 2 everywhere
-    (Goodfellow 2014, proposition 1, with smoothing s). Each term is ln 2 if s is 0."""
-    s = config.label_smoothing
-    logit = torch.tensor(math.log((1 - s) / (1 + s)), dtype=torch.float64)  # of that p: ()
-    return D_LOSSES[config.loss](logit, logit, s).item(), G_LOSSES[config.loss](logit, logit).item()
-
-# -------------------------------------------------------------------------------------- training
-UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing; for float16 see `Training`
-
-def d_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
-    """D: minimise  L_D(D(real), D(fake)) + r1/2 |grad D(real)|^2 + r2/2 |grad D(fake)|^2.
-    real, fake: (N, 3, S, S); G is left alone. L_D is Goodfellow's (2014, algorithm 1) for "bce".
-    Returns detached (4,): L_D, mean logits on real and on fake, the sum of the penalties."""
-    discriminator.train().requires_grad_(True)
-    optimizer.zero_grad()
-    real = real.detach().requires_grad_(config.r1 > 0)                   # (N, 3, S, S)
-    fake = fake.detach().requires_grad_(config.r2 > 0)                   # (N, 3, S, S)
-    d_real = discriminator(real)                                         # (N,)
-    d_fake = discriminator(fake)                                         # (N,)
-    d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
-    penalty = torch.zeros_like(d_loss)                                   # ()
-    if config.r1:
-        penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
-    if config.r2:
-        penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
-    scaler.scale(d_loss + penalty).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
-
-def d_step_linear(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
-    """`d_step` without a double backward: 4 passes through D, not 6. D: convolutions and LeakyReLU,
-    so linear between its kinks, D(x) = <v, x> + b, v = grad_x D(x). Let x_k be the input of layer k
-    when x goes through D, v_k the same for v, without biases; slope_k the gradient of D(x) by what
-    layer k returns. Its weights' gradient is, for the loss, slope_k times dL/dD(x) x_k, and for
-    gamma/2 |v|^2 slope_k times gamma v_k (a kink has no second derivative). Both at once: send
-    u = dL/dD(x) x + gamma v through D, biases times dL/dD(x), and take slope_k times u_k.
-    Passes: x; back, for v and slopes; u; back, for weights. With penalties nothing is scaled."""
-    discriminator.train().requires_grad_(True)
-    optimizer.zero_grad()
-    n, layers = len(real), [m for m in discriminator.modules() if isinstance(m, nn.Conv2d)]
-    y = x = torch.cat([real, fake]).detach().requires_grad_()            # (2n, 3, S, S)
-    bends: list[Tensor] = []  # what each LeakyReLU returns: its sign tells the side of the kink
-    for layer in layers[:-1]:
-        y = F.leaky_relu(layer(y), 0.2)                                  # (2n, c, s, s)
-        bends.append(y)
-    logits = layers[-1](y).flatten()                                     # (2n,)
-    v, *slopes = torch.autograd.grad(logits, [x, *bends, logits], torch.ones_like(logits))
-    answers = logits.detach().requires_grad_()                           # (2n,)
-    d_real, d_fake = answers.chunk(2)                                    # (n,)
-    d_loss = D_LOSSES[config.loss](d_real, d_fake, config.label_smoothing)  # ()
-    weight = torch.autograd.grad(d_loss, answers)[0].view(-1, 1, 1, 1)   # (2n, 1, 1, 1)
-    gamma = torch.cat([x.new_full((n, 1, 1, 1), r / n) for r in (config.r1, config.r2)])
-    u, outputs = torch.addcmul(gamma * v, weight, x.detach()), []        # (2n, 3, S, S)
-    for k, layer in enumerate(layers):
-        sent = F.conv2d(u, layer.weight, None, layer.stride, layer.padding)  # (2n, c, s, s)
-        outputs.append(sent + weight * layer.bias[:, None, None])        # (2n, c, s, s)
-        if k < len(bends):  # times 1 or 0.2, as this kink has decided
-            u, slopes[k] = (torch.ops.aten.leaky_relu_backward(t, bends[k].detach(), 0.2, True)
-                            for t in (outputs[k].detach(), slopes[k]))
-    torch.autograd.backward(outputs, [*slopes[:-1], slopes[-1].view(-1, 1, 1, 1)])
-    optimizer.step()
-    penalty = (gamma / 2 * v.square()).sum()                             # ()
-    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  # (4,)
-
-def g_step(discriminator, optimizer, real, fake, config, scaler=UNSCALED) -> Tensor:
-    """G: minimise  L_G(D(real), D(fake)), the non-saturating form (Goodfellow 2014, section 3).
-    real, fake: (N, 3, S, S), fake with its graph; D is left alone. Returns the detached loss."""
-    discriminator.train().requires_grad_(False)
-    optimizer.zero_grad()
-    d_real = None if "bce" in config.loss else discriminator(real)       # (N,), not for BCE
-    d_fake = discriminator(fake)                                         # (N,)
-    g_loss = G_LOSSES[config.loss](d_real, d_fake)                       # ()
-    scaler.scale(g_loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return g_loss.detach()
-
-def adam(network: nn.Module, config: Config, lr: float, power: float = 1.0) -> torch.optim.Adam:
-    """Adam with the config's betas and L2, and the width rule if `lr_width` is given: weights whose
-    fan-in grows with the width get lr / (width / lr_width)^power (1 after arXiv 2203.03466)."""
-    slower = (config.lr_width / config.width) ** power if config.lr_width else 1.0
-    with torch.device("meta"):  # takes no memory; so much wider that it differs at every stage
-        twin = type(network)(config.but(width=config.width + 8192))
-    groups: dict[float, list[Tensor]] = {}
-    for layer, wider in zip(network.modules(), twin.modules()):
-        grows = getattr(layer, "in_channels", 0) != getattr(wider, "in_channels", 0)
-        for name, weight in layer.named_parameters(recurse=False):
-            rate = lr * slower if grows and name == "weight" else lr
-            groups.setdefault(rate, []).append(weight)
-    return torch.optim.Adam(
-        [{"params": weights, "lr": rate, "full_lr": rate} for rate, weights in groups.items()],
-        betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True)
-
-def to_network(images: Tensor, config: Config) -> Tensor:
-    """uint8 (N, 3, S, S) to float in the config's pixel range."""
-    low, high = config.pixel_range
-    return images.float().mul_((high - low) / 255).add_(low)
-
-def to_uint8(images: Tensor, config: Config) -> Tensor:
-    """Float in the config's pixel range to uint8 (N, 3, S, S)."""
-    low, high = config.pixel_range
-    return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
-
-def batch_index(step: int, n: int, config: Config) -> Tensor:
-    """Which of n images a step sees, (batch_size,). A turn goes through all, in a new order."""
-    turn, k = divmod(step, n // config.batch_size)
-    random = torch.Generator().manual_seed((turn << 16) + 4 * config.seed + 3)  # 16 bits each
-    return torch.randperm(n, generator=random)[k * config.batch_size : (k + 1) * config.batch_size]
-
-@torch.no_grad()
-def update_ema(mean: nn.Module, network: nn.Module, config: Config, step: int) -> None:
-    """Move a running mean; its half-life is ema_images, early on a tenth of all images so far."""
-    new = 1 - 0.5 ** (config.batch_size / min(config.ema_images, 0.1 * step * config.batch_size))
-    for a, b in zip(mean.state_dict().values(), network.state_dict().values()):
-        a.lerp_(b, new) if a.is_floating_point() else a.copy_(b)
-
-class Training:
-    """All that the next step depends on, and that step; `state_dict` keeps it, bit for bit. images:
-    uint8 (N, 3, S, S). half: precision of both networks, None for float32, see `half_for`."""
-    def __init__(self, config: Config, images: Tensor, device: Any, half: Any = None) -> None:
-        self.config, self.device, self.environment = config, device, environment(device)
-        self.identity, on_gpu = identify(config, images), device.type == "cuda"
-        fits = on_gpu and images.numel() < torch.cuda.mem_get_info(device)[0] / 4
-        self.images = images.to(device) if fits else images
-        # channels_last, except for float32 on a GPU, where it may be slower.
-        self.layout: Any = torch.contiguous_format if on_gpu and not half else torch.channels_last
-        self.generator = GENERATORS[config.generator](config).to(device, memory_format=self.layout)
-        self.discriminator = Discriminator(config).to(device, memory_format=self.layout)
-        self.generator.cast = self.discriminator.cast = self.half = half
-        self.kept = copy.deepcopy(self.generator) if config.ema_images else self.generator
-        self.opt_g = adam(self.generator, config, config.lr_g)
-        self.opt_d = adam(self.discriminator, config, config.lr_d)
-        self.scale_g, self.scale_d = (
-            torch.amp.GradScaler(device.type, enabled=half == torch.float16) for _ in "GD")
-        self.d_step = d_step_linear if config.r1 + config.r2 > 0 and not config.d_norm else d_step
-        self.noise = torch.Generator(device).manual_seed(4 * config.seed + 2)
-        self.d_stats = torch.zeros(4, device=device)  # of D's latest step
-        self.sums = torch.zeros(6, device=device)  # since a record: d_stats, G's loss, steps
-        self.history: list[dict[str, float]] = []  # see `train`
-        self.snapshots: list[tuple[int, Tensor]] = []  # see `Run`
-        self.step, self.begun = 0, time.monotonic()
-        self.epoch_steps = (config.epoch_images or len(images)) // config.batch_size
-        self.steps = config.epochs * self.epoch_steps
-    def advance(self) -> None:
-        """A step of D and one of G, on the same images and noise, without waiting for a GPU."""
-        config, n = self.config, self.config.batch_size
-        fall = (1 + math.cos(math.pi * self.step / self.steps)) / 2
-        for group in (*self.opt_g.param_groups, *self.opt_d.param_groups):
-            group["lr"] = group["full_lr"] * (config.lr_end + (1 - config.lr_end) * fall)
-        index = batch_index(self.step, len(self.images), config).to(self.images.device)  # (N,)
-        batch = self.images[index].to(self.device)                       # (N, 3, S, S)
-        real = to_network(batch, config).contiguous(memory_format=self.layout)  # (N, 3, S, S)
-        if config.flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=self.noise, device=self.device) < 0.5
-            real = torch.where(mirrored, real.flip(3), real)             # (N, 3, S, S)
-        z = torch.randn(n, config.z_dim, generator=self.noise, device=self.device)  # (N, z_dim)
-        fake = self.generator.train()(z)                                 # (N, 3, S, S)
-        if self.step % config.d_every == 0:
-            self.d_stats = self.d_step(
-                self.discriminator, self.opt_d, real, fake, config, self.scale_d)  # (4,)
-        g_loss = g_step(self.discriminator, self.opt_g, real, fake, config, self.scale_g)  # ()
-        self.step += 1
-        if config.ema_images:
-            update_ema(self.kept, self.generator, config, self.step)
-        stats = torch.cat([self.d_stats, torch.stack([g_loss, torch.ones_like(g_loss)])])  # (6,)
-        if self.half == torch.float16:  # a step whose loss overflowed is not counted
-            stats = torch.where(stats.isfinite().all(), stats, 0)
-        self.sums += stats
-    def record(self) -> dict[str, float]:
-        """Add the means since the last record to the history: the only wait for the GPU."""
-        *sums, count = self.sums.tolist()
-        means = [x / count if count else math.nan for x in sums]
-        self.sums.zero_()
-        now, names = time.monotonic(), ("d_loss", "d_real", "d_fake", "penalty", "g_loss")
-        self.history.append({
-            "step": self.step, "epoch": self.step / self.epoch_steps, "seconds": now - self.begun,
-            "images": self.step * self.config.batch_size, **dict(zip(names, means))})
-        return self.history[-1]
-    def check_up(self, run: Run, on_epoch: Any) -> None:
-        """A snapshot, what on_epoch finds, and the diversity of 256 samples: the collapse alarm."""
-        began, real = time.monotonic(), pick(self.images, min(256, len(self.images)))
-        samples = sample(run, len(real))                                 # (n, 3, S, S)
-        self.snapshots.append((int(self.history[-1]["images"]), samples[:36].clone()))  # not 256
-        self.history[-1]["diversity"] = diversity(real, samples)
-        self.history[-1] |= {k: float(v) for k, v in (on_epoch(run) if on_epoch else {}).items()}
-        self.begun += time.monotonic() - began  # measuring is not training
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: all but what `__init__` makes from its arguments."""
-        state = {**vars(self), "noise": self.noise.get_state(),
-                 "seconds": time.monotonic() - self.begun}
-        for name in ("config", "device", "half", "images", "layout", "d_step", "steps", "begun"):
-            del state[name]
-        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; `environment` stays that of the start."""
-        if state["noise"].shape == self.noise.get_state().shape:  # else from another kind of device
-            self.noise.set_state(state["noise"])
-        self.begun = time.monotonic() - state["seconds"]
-        for name in state.keys() - {"noise", "seconds"}:
-            value, mine = state[name], getattr(self, name)
-            if not hasattr(mine, "load_state_dict"):
-                setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
-            elif value:  # empty for a scaler that is off, and for Adam after the end: `save`
-                mine.load_state_dict(value)
-
-def half_for(config: Config, images: Tensor, device: torch.device) -> torch.dtype | None:
-    """Half precision on a GPU, if there are no penalties: bfloat16 from compute capability 8 on,
-    else float16. None, float32, if four steps in both from one start disagree, which is said."""
-    half, losses = None, {}
-    if device.type == "cuda" and not (config.r1 or config.r2):
-        half = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float16
-    for precision in (None, half) if half else ():  # without a half nothing is compared
-        training = Training(config, images, device, precision)
-        for _ in range(4):
-            training.advance()
-        losses[precision] = [*map(training.record().get, ("d_loss", "g_loss"))]
-    if all(abs(a - b) <= 0.1 * (1 + abs(a)) for a, b in zip(*losses.values())):  # not for NaN
-        return half
-    print(f"{config.label()}: losses (D, G) {losses}, so it trains in float32.")
-    return None
-
-# --------------------------------------------------------------------------------------- presets
 BASELINE = Config()
 H1 = BASELINE.but(block_norm="both", block_act="leaky_relu")
-TANH_BN = BASELINE.but(ladder="cspup_last", block_act="tanh", block_norm="right", head="tanh",
-                       d_wider=2, batch_size=256, epochs=20)  # another student's network
+TANH_BN = BASELINE.but(  # another student's network
+    ladder="cspup_last",
+    block_act="tanh",
+    block_norm="right",
+    head="tanh",
+    d_wider=2,
+    batch_size=256,
+    epochs=20,
+)
 CONVERGED = H1.but(  # the regularised relativistic GAN (arXiv 2501.05441) with this generator
-    loss="relativistic", r1=2.0, r2=2.0, d_norm=False, d_wider=2, init="he", head="tanh", flip=True,
-    beta1=0.0, beta2=0.9, lr_g=2e-3, lr_d=2e-3, lr_width=64, lr_end=0.1, ema_images=20_000)
-PRESETS = {  # every experiment, in the report's order; h0 to h3 are the course's hypotheses
+    loss="relativistic",
+    r1=2.0,
+    r2=2.0,
+    d_norm=False,
+    d_wider=2,
+    init="he",
+    head="tanh",
+    flip=True,
+    beta1=0.0,
+    beta2=0.9,
+    lr_g=2e-3,
+    lr_d=2e-3,
+    lr_width=64,
+    lr_end=0.1,
+    ema_images=20_000,
+)
+PRESETS = {
+    # The course's sections, in the report's order.
     "baseline": BASELINE,
     "h0_more_epochs": BASELINE.but(epochs=20),
     "h1_bn_leaky": H1,
     "h2_l2_big_batch": H1.but(batch_size=256, weight_decay=1e-4),
     "h3_smooth_tanh": H1.but(label_smoothing=0.1, lr_d=3e-4, lr_g=8e-4, head="tanh"),
+    # Another student's family.
     "tanh_bn": TANH_BN.but(lr_g=1e-4, lr_d=1e-4),
     "low_lr": TANH_BN.but(lr_g=1e-5, lr_d=1e-5),
     "fast_d": TANH_BN.but(block_norm="both", lr_d=2e-3),
@@ -689,412 +534,1140 @@ PRESETS = {  # every experiment, in the report's order; h0 to h3 are the course'
     "slow_d_equal_rates": TANH_BN,  # no student's: is it the slow D, or the rest?
     "unit_range": TANH_BN.but(lr_d=2e-5, head="sigmoid"),
     "dcgan": BASELINE.but(generator="dcgan", lr_g=1e-4, lr_d=1e-4),
+    # What the others tried, each alone.
     "bce_logits": BASELINE.but(loss="bce_logits"),
     "lazy_d": BASELINE.but(d_every=2),
     "shallow_d": BASELINE.but(d_fewer=1),
     "leaky_block": BASELINE.but(block_act="leaky_relu"),
     "batch_64": BASELINE.but(batch_size=64),
-    "no_bn_d": BASELINE.but(ladder="deconv_first", deconv_kernel=2, block_act="leaky_relu",
-                            head="relu", d_norm=False),
+    "no_bn_d": BASELINE.but(
+        ladder="deconv_first", deconv_kernel=2, block_act="leaky_relu", head="relu", d_norm=False
+    ),
     "two_to_one": BASELINE.but(block_norm="both", head="tanh", lr_d=1e-4),
     "adam_default": BASELINE.but(beta1=0.9),
-    "smooth_labels": H1.but(label_smoothing=0.1),  # no student's: the three parts of h3
+    # No student's: the three parts of h3, each alone.
+    "smooth_labels": H1.but(label_smoothing=0.1),
     "tanh_head": H1.but(head="tanh"),
     "h3_rates": H1.but(lr_d=3e-4, lr_g=8e-4),
-    "converged": CONVERGED}
-ABLATIONS = {f"without_{part}": CONVERGED.but(**change) for part, change in {
-    "pairs": {"loss": "bce_logits"}, "penalties": {"r1": 0, "r2": 0}, "wide_d": {"d_wider": 1},
-    "bn_in_g": {"block_norm": "none"}, "he": {"init": "dcgan"}, "flip": {"flip": False},
-    "ema": {"ema_images": 0}, "cspup": {"generator": "dcgan"}}.items()}  # no penalty: half on a GPU
+    "converged": CONVERGED,
+}
 
-# ------------------------------------------------------------------------------------------ runs
-_, _, CODE = Path(__file__).read_text(encoding="utf-8").partition("- models\n")
-CODE = hashlib.sha1(CODE.partition("- presets\n")[0].encode()).hexdigest()[:8]  # of what trains
+
+# ---------------------------------------------------------------------------------------- training
+
+STATS = ("d_loss", "d_real", "d_fake", "penalty", "g_loss")  # of each step: `d_step`, `g_step`
+
+
+def make_generator(config: Config) -> nn.Module:
+    """The config's generator with its initial weights."""
+    options = {"head": HEADS[config.head]}
+    if config.generator == "cspup":
+        options["ladder"] = config.ladder
+        options["act"] = ACTIVATIONS[config.block_act]
+        options["norm"] = config.block_norm
+        options["kernel"] = config.deconv_kernel
+    make = GENERATORS[config.generator]
+    generator = make(config.image_size, config.width, config.z_dim, **options)
+    INITS[config.init](generator, 4 * config.seed)
+    return generator
+
+
+def make_discriminator(config: Config) -> nn.Module:
+    """The config's discriminator with its initial weights."""
+    width = config.width * config.d_wider
+    discriminator = Discriminator(config.image_size, width, config.d_norm, config.d_fewer)
+    INITS[config.init](discriminator, 4 * config.seed + 1)
+    return discriminator
+
+
+def reads_input(name, layer):
+    """Whether a layer of G or D reads z or RGB, so that its fan-in does not grow with the width."""
+    if name.startswith("stem"):  # in a CSPup the 3x3 convolutions read what the others made
+        return layer.kernel_size != (3, 3)
+    return name == "features.0"
+
+
+def adam(network, config, lr):
+    """Adam with the config's betas and L2, and the width rule where `lr_width` is given.
+
+    The rule: weights whose fan-in grows with the width get lr * lr_width / width, as in the maximal
+    update parametrization (arXiv 2203.03466). Biases, BatchNorm, and what reads z or RGB keep lr.
+    """
+    full, slow = [], []
+    for name, layer in network.named_modules():
+        for weight in layer.parameters(recurse=False):
+            grows = weight.dim() == 4 and not reads_input(name, layer)
+            (slow if grows else full).append(weight)
+    slower = config.lr_width / config.width if config.lr_width else 1.0
+    groups = [{"params": full, "full_lr": lr}, {"params": slow, "full_lr": lr * slower}]
+    betas = (config.beta1, config.beta2)  # and `Training.set_rates` makes lr of full_lr
+    return torch.optim.Adam(groups, lr, betas, weight_decay=config.weight_decay, fused=True)
+
+
+def to_network(images, config):
+    """uint8 (N, 3, S, S) to float in the config's pixel range."""
+    low, high = config.pixel_range
+    return images.float().mul_((high - low) / 255).add_(low)
+
+
+def to_uint8(images, config):
+    """Float in the config's pixel range to uint8 (N, 3, S, S)."""
+    low, high = config.pixel_range
+    return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def update_ema(average, network, config, step):
+    """Move a running mean of weights towards the network's, BatchNorm's statistics included.
+
+    Its half-life is ema_images; early on it is a tenth of all images so far.
+    """
+    half_life = min(config.ema_images, 0.1 * step * config.batch_size)
+    new = 1 - 0.5 ** (config.batch_size / half_life)
+    for a, b in zip(average.state_dict().values(), network.state_dict().values()):
+        if a.is_floating_point():  # BatchNorm's count of batches is not, and nothing reads it
+            a.lerp_(b, new)
+
+
+class Training:
+    """All that the next step depends on, and that step. `state_dict` keeps it, bit for bit.
+
+    images: uint8 (N, 3, S, S). precision: of both networks, see `Precision`.
+    """
+
+    def __init__(self, config, images, device, precision="float32"):
+        self.config = config
+        self.identity = identify(config, images)
+        self.environment = environment(device, precision)
+        self.device = device
+        self.images = images
+        if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+            self.images = images.to(device)  # all of them, once
+        layout = torch.channels_last
+        self.generator = make_generator(config).to(device, memory_format=layout)
+        self.discriminator = make_discriminator(config).to(device, memory_format=layout)
+        self.kept = copy.deepcopy(self.generator) if config.ema_images else self.generator
+        self.opt_g = adam(self.generator, config, config.lr_g)
+        self.opt_d = adam(self.discriminator, config, config.lr_d)
+        self.precision_g = Precision(precision, device.type)
+        self.precision_d = Precision(precision, device.type)
+        self.d_step = None  # chosen in the first step, see `choose_d_step`
+        self.d_stats = torch.zeros(4, device=device)  # of D's latest step
+        self.noise = torch.Generator().manual_seed(4 * config.seed + 2)
+        self.turn = None  # how often all images were seen
+        self.order = None  # of the images in this turn, (N,)
+        self.step = 0
+        self.epoch_steps = (config.epoch_images or len(images)) // config.batch_size
+        self.steps = config.epochs * self.epoch_steps
+        self.recent = []  # `STATS` of each step since the last record
+        self.history = []  # see `train`
+        self.snapshots = []  # see `Run`
+        self.started = time.monotonic()
+
+    def next_batch(self):
+        """Real images as the networks see them, (n, 3, S, S), and noise, (n, z_dim)."""
+        config = self.config
+        n = config.batch_size
+        turn, k = divmod(self.step, len(self.images) // n)
+        if turn != self.turn:  # all images are seen again, in another order
+            random = torch.Generator().manual_seed((turn << 16) + 4 * config.seed + 3)
+            order = torch.randperm(len(self.images), generator=random)  #                   (N,)
+            self.order = order.to(self.images.device)
+            self.turn = turn
+        real = self.images[self.order[k * n : (k + 1) * n]].to(self.device)
+        real = to_network(real, config).contiguous(memory_format=torch.channels_last)
+        if config.flip:
+            mirrored = torch.rand(n, 1, 1, 1, generator=self.noise) < 0.5
+            real = torch.where(mirrored.to(self.device), real.flip(3), real)
+        z = torch.randn(n, config.z_dim, generator=self.noise)
+        return real, z.to(self.device)
+
+    def set_rates(self):
+        """The rates fall on a half cosine, from what they are to lr_end of that."""
+        fall = (1 - math.cos(math.pi * self.step / self.steps)) / 2  # from 0 to 1
+        for group in self.opt_g.param_groups + self.opt_d.param_groups:
+            group["lr"] = group["full_lr"] * (1 - (1 - self.config.lr_end) * fall)
+
+    def advance(self):
+        """A step of D and one of G, on the same images and noise, without waiting for a GPU."""
+        config = self.config
+        self.set_rates()
+        real, z = self.next_batch()
+        with self.precision_g.autocast():
+            fake = self.generator.train()(z)  #                                     (n, 3, S, S)
+        if self.d_step is None:
+            self.d_step = choose_d_step(self.discriminator, real, fake, config)
+        if self.step % config.d_every == 0:
+            self.d_stats = self.d_step(
+                self.discriminator, self.opt_d, real, fake, config, self.precision_d
+            )
+        g_loss = g_step(self.discriminator, self.opt_g, real, fake, config, self.precision_g)
+        self.recent.append(torch.cat([self.d_stats, g_loss.view(1)]))  #                    (5,)
+        self.step += 1
+        if config.ema_images:
+            update_ema(self.kept, self.generator, config, self.step)
+
+    def record(self):
+        """Add the means since the last record to the history. The only wait for a GPU.
+
+        A step that is not finite does not count, as float16 leaves it out; nan if all are such.
+        """
+        means = [x[x.isfinite()].mean().item() for x in torch.stack(self.recent).T]
+        self.recent.clear()
+        record = dict(zip(STATS, means), step=self.step, epoch=self.step / self.epoch_steps)
+        record["images"] = self.step * self.config.batch_size
+        record["seconds"] = time.monotonic() - self.started
+        self.history.append(record)
+
+    def look(self, run, on_epoch):
+        """After an epoch: a snapshot, diversity, |grad D| at real images, what on_epoch finds."""
+        began = time.monotonic()
+        record = self.history[-1]
+        real = pick(self.images, min(256, len(self.images)))  #                     (n, 3, S, S)
+        fake = sample(run, len(real))  #                                            (n, 3, S, S)
+        self.snapshots.append((record["images"], fake[:36].clone()))  # clone: 36 are kept, not 256
+        record["diversity"] = diversity(real, fake)
+        record["grad_d"] = gradient_size(self.discriminator, real[:64].to(self.device), self.config)
+        found = on_epoch(run) if on_epoch else None
+        record.update({name: float(value) for name, value in (found or {}).items()})
+        self.started += time.monotonic() - began  # looking is not training
+
+    def state_dict(self):
+        """What a checkpoint holds. The rest is made anew from the same arguments."""
+        return {
+            "identity": self.identity,
+            "environment": self.environment,
+            "step": self.step,
+            "seconds": time.monotonic() - self.started,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "kept": self.kept.state_dict(),
+            "opt_g": self.opt_g.state_dict(),
+            "opt_d": self.opt_d.state_dict(),
+            "scaler_g": self.precision_g.scaler.state_dict(),
+            "scaler_d": self.precision_d.scaler.state_dict(),
+            "noise": self.noise.get_state(),
+            "d_stats": self.d_stats,
+            "recent": self.recent,
+            "history": self.history,
+            "snapshots": self.snapshots,
+        }
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned. `environment` stays that of the start."""
+        for name in ("generator", "discriminator", "kept", "opt_g", "opt_d"):
+            getattr(self, name).load_state_dict(state[name])
+        self.precision_g.scaler.load_state_dict(state["scaler_g"])
+        self.precision_d.scaler.load_state_dict(state["scaler_d"])
+        self.noise.set_state(state["noise"])
+        self.d_stats = state["d_stats"].to(self.device)
+        self.recent = [stats.to(self.device) for stats in state["recent"]]
+        for name in ("environment", "step", "history", "snapshots"):
+            setattr(self, name, state[name])
+        self.started -= state["seconds"]
+
+
+def gradient_size(discriminator, real, config):
+    """Root mean square of |grad_x D(x)| over real images, uint8 (N, 3, S, S), with x in [-1, 1]."""
+    low, high = config.pixel_range
+    x = to_network(real, config).requires_grad_()  #                                (N, 3, S, S)
+    squares = gradient_penalty(discriminator.train()(x), x)  #                              (N,)
+    return squares.mean().sqrt().item() * (high - low) / 2
+
+
+def choose_precision(config, images, device):
+    """On a GPU half precision: float16 below compute capability 8, bfloat16 from there on.
+
+    float32 on a CPU; where a D with BatchNorm is penalised, for nobody has tried a double backward
+    in float16; and where the losses of four steps differ by more than a tenth, which is said.
+    """
+    if device.type != "cuda" or (config.d_norm and config.r1 + config.r2 > 0):
+        return "float32"
+    is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+    half = "bfloat16" if is_new else "float16"
+    losses = []
+    for precision in (half, "float32"):
+        training = Training(config, images, device, precision)
+        for _ in range(4):
+            training.advance()
+        training.record()
+        losses.append([training.history[-1][name] for name in ("d_loss", "g_loss")])
+    if np.allclose(*losses, rtol=0.1, atol=0.1):  # false where one is nan
+        return half
+    print(f"{config.label()}: it trains in float32, for D's and G's losses in {half} are {losses}")
+    return "float32"
+
+
+def train(
+    config: Config,
+    images: Tensor,
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+    on_epoch: Callable | None = None,
+    time_budget: float = math.inf,
+    save_every: float = 600,
+) -> Run:
+    """Train one generator on images, uint8 (N, 3, S, S).
+
+    run_dir: where the run lives, in run.pt. A finished one is loaded, and that is said; a stopped
+    one goes on, bit for bit on a CPU; that of another config or of other images is refused with
+    the differences. More epochs can be asked for where the rates do not fall.
+    on_epoch: a function of the run; the dictionary of numbers that it returns is recorded.
+    time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
+    and then do what they always do. save_every: seconds that a crash may cost.
+
+    The history has about 200 records, each the means over the steps since the one before: step,
+    epoch, images, seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits). That of an
+    epoch's end also has diversity (of 256 samples; near 0 is collapse), grad_d (`gradient_size`)
+    and what on_epoch found.
+    """
+    folder = run_dir and Path(run_dir).expanduser()
+    name = folder or config.label()
+    training = open_training(config, images, folder)
+    run = Run(config, training.history, training.kept, training.snapshots, training.environment)
+    saved = time.monotonic()
+    deadline = saved + 3600 * time_budget
+    with stop_signals() as signals, progress_bar(training.steps, name, progress) as bar:
+        bar.update(training.step)
+        while training.step < training.steps:
+            run.stopped = reason_to_stop(training.history, signals, deadline)
+            if run.stopped:
+                break
+            training.advance()
+            bar.update()
+            ends_epoch = training.step % training.epoch_steps == 0
+            if ends_epoch or training.step % max(1, training.steps // 200) == 0:
+                training.record()
+            if ends_epoch:
+                try:
+                    training.look(run, on_epoch)
+                except Exception:  # on_epoch's own; what was trained is not lost with it
+                    save(training, folder)
+                    raise
+            if time.monotonic() - saved > save_every:
+                save(training, folder)
+                saved = time.monotonic()
+        save(training, folder)
+    if run.stopped:
+        print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped}).")
+    raise_again(signals)
+    return run
+
+
+def reason_to_stop(history, signals, deadline):
+    """Why a training cannot or must not go on, or ""."""
+    for record in history[-1:]:
+        if not math.isfinite(record["d_loss"] + record["g_loss"]):
+            return f"not finite: D's loss {record['d_loss']}, G's {record['g_loss']}"
+    if signals:
+        return signals[0].name
+    return "time" if time.monotonic() > deadline else ""
+
+
+# -------------------------------------------------------------------------------------------- runs
+
 
 @dataclasses.dataclass
 class Run:
     """One trained experiment and what it measured on the way."""
+
     config: Config
-    history: list[dict[str, float]]  # records of some 200 windows, see `train`
+    history: list[dict]  # see `train`
     generator: nn.Module  # with the running mean of its weights, where the config asks for one
-    snapshots: list[tuple[int, Tensor]]  # (images seen, uint8 (36, 3, S, S)), always the same noise
-    environment: dict[str, str]  # hardware, torch, date and the hash of models, losses, training
+    snapshots: list[tuple]  # (images seen, uint8 (36, 3, S, S)), always the same noise
+    environment: dict  # hardware, precision, versions and date of the start
     stopped: str = ""  # why it ended early: a signal, "time", or a loss that is not finite
+
     @property
     def finished(self) -> bool:
-        done = bool(self.history) and self.history[-1]["epoch"] >= self.config.epochs
-        return done and "not finite" not in self.stopped
+        epoch = self.history[-1]["epoch"] if self.history else 0
+        return epoch >= self.config.epochs and not self.stopped
+
 
 @torch.no_grad()
 def sample(run: Run, n: int, seed: int = 0) -> Tensor:
     """n images of the run's generator from noise of its own seed: uint8 (n, 3, S, S) on the CPU."""
-    need(n > 0, f"n={n}: expected at least 1 image")
-    generator, device = run.generator.eval(), next(run.generator.parameters()).device
-    z = torch.randn(n, run.config.z_dim, generator=torch.Generator().manual_seed(seed))
+    check(isinstance(n, numbers.Integral) and n > 0, f"{n=}: expected 1 image or more")
+    generator = run.generator.eval()
+    device = next(generator.parameters()).device
+    random = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, run.config.z_dim, generator=random)  #                         (n, z_dim)
     parts = [to_uint8(generator(part.to(device)), run.config).cpu() for part in z.split(256)]
-    return torch.cat(parts)                                              # (n, 3, S, S)
+    return torch.cat(parts)  #                                                      (n, 3, S, S)
 
-def train(config: Config, images: Tensor, run_dir: Any = None, progress: Any = True,
-          on_epoch: Any = None, time_budget: float = math.inf, save_every: float = 600) -> Run:
-    """Train one generator on images, uint8 (N, 3, S, S). run_dir: where the run lives, see `begin`.
-    The history has a record for each of some 200 windows, with means over it: step, epoch, images,
-    seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits); after an epoch also
-    diversity and what on_epoch(run) returns. progress: a bar, none, or f(images of a
-    step). After time_budget (hours), Ctrl-C, 'Interrupt kernel' or SIGTERM the run is saved and
-    returned; the same call goes on, bit for bit on a CPU; a crash costs save_every seconds."""
-    training = begin(config, images, folder := Path(run_dir) if run_dir is not None else None)
-    run = Run(config, training.history, training.kept, training.snapshots, training.environment)
-    windows = {round(k * training.steps / min(200, training.steps)) for k in range(1, 201)}
-    name, n = folder or config.label(), config.batch_size
-    begun = saved = time.monotonic()
-    with progress_bar(training.steps * n, name, progress is True) as bar, stop_signals() as stops:
-        tick = progress if callable(progress) else bar.update
-        tick(training.step * n)
-        while training.step < training.steps and not run.stopped:
-            training.advance()
-            tick(n)
-            ends_epoch = training.step % training.epoch_steps == 0
-            if ends_epoch or training.step in windows:
-                record = training.record()
-                if not math.isfinite(record["d_loss"] + record["g_loss"]):
-                    run.stopped = f"not finite: D {record['d_loss']}, G {record['g_loss']}"
-                    break
-            if ends_epoch:
-                training.check_up(run, on_epoch)
-            now, over = time.monotonic(), training.step >= training.steps
-            late = not over and now - begun > 3600 * time_budget
-            run.stopped = stops[0] if stops else "time" if late else ""
-            if folder and (run.stopped or over or now - saved > save_every):
-                save(training, folder)
-                saved = now
-    if not run.finished:
-        print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped}).")
-    return run
-run_or_load = train  # its other name, for notebooks: a finished run is loaded, and that is said
 
-def begin(config: Config, images: Tensor, folder: Path | None) -> Training:
-    """The training in folder/run.pt, or a new one. The folder of another config, of other images or
-    with a damaged run.pt gets another name. More epochs are granted if the rates do not fall."""
-    identity, device, state, reason = identify(config, images), best_device(), {}, ""
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, not after the training
-    if folder and (folder / "run.pt").exists():
-        try:
-            state = torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
-            there, over = state["identity"], state["step"] >= config.epochs * state["epoch_steps"]
-            if config.lr_end == 1 and there["epochs"] < config.epochs:
-                there["epochs"] = config.epochs  # a constant rate knows of no end
-            for name, value in {**dataclasses.asdict(BASELINE), **there}.items():  # or newer fields
-                if value != identity.get(name):
-                    reason += f"{name}={value} there, {identity.get(name)} here; "
-        except Exception as error:  # whatever a damaged file raises
-            reason = f"damaged: {said(error)}"
-    if reason:
-        kept = next(p for k in range(1, 999) if not (p := Path(f"{folder}.old{k}")).exists())
-        folder.rename(kept), folder.mkdir()
-        print(f"{folder} held another run ({reason}), which is now {kept}: it begins anew.")
-    if reason or not state:
-        return Training(config, images, device, half_for(config, images, device))
-    training = Training(config, images, device, None if over else half_for(config, images, device))
+def open_training(config, images, folder):
+    """The training in folder/run.pt, or a new one. Another run that lies there is refused."""
+    identity = identify(config, images)
+    device = best_device()
+    state = read_checkpoint(folder) if folder else None
+    if state is None:
+        return Training(config, images, device, choose_precision(config, images, device))
+    there = state["identity"]
+    if config.lr_end == 1 and there["epochs"] < config.epochs:  # a constant rate knows of no end
+        there["epochs"] = config.epochs
+    differences = {
+        name: (there.get(name), value)
+        for name, value in identity.items()
+        if there.get(name) != value
+    }
+    other = f"{folder} holds another run, (there, here) {differences}: take another run_dir"
+    check(not differences, other)
+    training = Training(config, images, device, state["environment"]["precision"])
     training.load_state_dict(state)
-    print(f"{folder} [{config.label()}]: loaded at step {training.step} of {training.steps},",
-          "{date}, {hardware}, code {code}.".format(**training.environment))  # also of other code
+    print(f"{folder} [{config.label()}]: loaded at step {training.step}, {training.environment}")
     return training
 
-def identify(config: Config, images: Tensor) -> dict[str, Any]:
-    """What equal runs have in common: config, and the images' shape and content. Bad ones raise."""
-    size, n = config.image_size, config.batch_size
-    found = [images.dtype, *images.shape] if isinstance(images, Tensor) else repr(images)[:80]
-    need(found[:1] == [torch.uint8] and found[2:] == [3, size, size] and found[1] >= n,
-         f"images={found}: expected a torch.uint8 tensor (N, 3, {size}, {size}), as of "
-         f"load_faces(source, {size}), with N at least batch_size={n}")
-    some = images[:: max(1, len(images) // 256)].cpu().contiguous().numpy()
-    content = hashlib.sha1(some.tobytes()).hexdigest()[:8]
-    return {**dataclasses.asdict(config), "data": f"{tuple(images.shape)} {content}"}
 
-def save(training: Training, folder: Path) -> None:
-    """Write folder/run.pt, unless weights are not finite. A full disk is said; the run goes on."""
-    state = training.state_dict()
-    if training.step >= training.steps and training.config.lr_end < 1:
-        state["opt_g"] = state["opt_d"] = {}  # most of the file, and nothing can follow
-    if all(x.isfinite().all() for k in ("generator", "discriminator") for x in state[k].values()):
-        try:
-            write_aside(folder / "run.pt", lambda file: torch.save(state, file))
-        except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
-            print(f"step {training.step}: {folder}/run.pt cannot be written ({said(error)}).")
-
-def load_run(folder: str | Path) -> Run:
-    """The run in a folder, without its images. run.pt.gz: one made small, weights in int8 steps."""
-    path, small = Path(folder) / "run.pt", Path(folder) / "run.pt.gz"
-    if not path.exists() and not small.exists():
-        raise FileNotFoundError(f"{path}: no run. Train one: train(config, images, {folder!r})")
-    file = path if path.exists() else io.BytesIO(gzip.decompress(small.read_bytes()))
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    config = Config(**{name: value for name, value in state["identity"].items() if name != "data"})
-    generator = GENERATORS[config.generator](config).to(best_device())
-    generator.load_state_dict({name: x if isinstance(x, Tensor) else x[0] * x[1]  # int8, scale
-                               for name, x in state["kept"].items()})
-    return Run(config, state["history"], generator, state["snapshots"], state["environment"])
-
-def watch(held_out: Tensor, n: int) -> Any:
-    """An on_epoch for `train`: SWD and coverage of up to n samples, against held-out images."""
-    real = pick(held_out, min(n, len(held_out)))
-    return lambda run: {"swd": sliced_wasserstein(real, fake := sample(run, len(real)))["avg"],
-                        "coverage": coverage(real, fake)}
-
-split_faces = functools.lru_cache(1)(lambda source, size: hold_out(load_faces(source, size)))
-def begin_work(seen: Any, slot: int, gpus: int) -> None:
-    """What a process of `train_all` does first. It ends with its parent, even a killed one."""
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)  # saves the run, if there is one
-        time.sleep(120)
-        os._exit(1)
-    do_job.seen, do_job.slot = seen, slot  # images seen by each process, which one it is
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sends SIGTERM
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(1)  # two that share a core wait for each other by spinning
-    torch.cuda.set_device(slot % gpus) if gpus else None
-
-def do_job(config: Config, folder: str, source: Any, n: int, hours: float) -> tuple[str, str]:
-    """One run in such a process: (why it is not finished or "", what it said of note)."""
-    def tick(images: int) -> None:
-        do_job.seen[do_job.slot] += images
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        images, held_out = split_faces(source, config.image_size)
-        run = train(config, images, folder, tick, watch(held_out, n), hours)
-    lines = [x for x in out.getvalue().splitlines() if "loaded at" not in x and "(time)" not in x]
-    return "" if run.finished else run.stopped, "\n".join(lines)
-
-def train_all(jobs: list, source: str | Path | None, measured_on: int = 512,
-              time_budget: float = math.inf, workers: int = 0) -> dict[str, str]:
-    """Train many runs side by side: a process for each GPU, or CPU core with one thread, or as many
-    as workers. jobs: (config, folder) each, in this order; source: of their images; see `train`,
-    `load_faces`. `watch` measures on up to measured_on held-out ones. time_budget: hours, for all.
-    Returns {folder: why it is not finished}. A run that fails, or a process that dies, costs no
-    other. Ctrl-C and SIGTERM save all and raise. Scripts need `if __name__ == "__main__":`."""
-    for size in {config.image_size for config, _ in jobs if source}:
-        load_faces(source, size)  # decoded once, not by each of the processes
-    gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
-    spawn, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    free, pools, busy, reasons = [*range(workers or gpus or os.cpu_count() or 1)], {}, {}, {}
-    waiting, ends = [*jobs], time.monotonic() / 3600 + time_budget
-    seen = spawn.RawArray("q", len(free))  # images; without a lock that a dead process could hold
-    total = sum(config.epochs * (config.epoch_images or 0) for config, _ in jobs)  # 0: not known
-    with progress_bar(total, f"{len(jobs)} runs") as bar, stop_signals() as stops:
-        try:
-            while (waiting or busy) and not stops:
-                while waiting and free:  # over time as well: a finished run is then known as such
-                    (config, folder), slot = waiting.pop(0), free.pop(0)
-                    args, hours = (seen, slot, gpus), ends - time.monotonic() / 3600
-                    pools[slot] = pools.get(slot) or ProcessPoolExecutor(1, spawn, begin_work, args)
-                    job = pools[slot].submit(do_job, config, folder, source, measured_on, hours)
-                    busy[job] = slot, folder
-                for job in wait(busy, 0.5, FIRST_COMPLETED).done:
-                    slot, folder = busy.pop(job)
-                    free.append(slot)
-                    if error := job.exception():  # it failed or died: the next gets a new process
-                        pools.pop(slot).shutdown(wait=False)
-                    reason, text = (w := said(error), f"{folder}: {w}") if error else job.result()
-                    reasons.update({str(folder): reason} if reason else {})
-                    bar.write(text) if text else None
-                bar.update(sum(seen) - bar.n)
-        finally:
-            for child in multiprocessing.active_children() if busy else ():
-                child.terminate() if child not in others else None  # SIGTERM: it saves its run
-            for pool in pools.values():
-                pool.shutdown()
-    if stops:
-        raise KeyboardInterrupt(f"{stops[0]}: the same call goes on with the runs in progress")
-    return reasons
-
-def write_aside(path: Path, write: Any) -> None:
-    """write(file) beside path, flush, rename: a reader sees the old file or the new, never half."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
+def read_checkpoint(folder):
+    """What `save` wrote, or None. A damaged file is named and set aside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, not after the training
+    path = folder / "run.pt"
+    if not path.exists():
+        return None
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush(), os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # it cannot be read now, which says nothing of what it holds
+        raise
+    except Exception as error:  # whatever a damaged file raises
+        path.replace(folder / "run.pt.damaged")
+        print(f"{path}.damaged: set aside, and the run begins anew ({describe(error)})")
+        return None
+
+
+def identify(config, images):
+    """What equal runs have in common: version, config, the images' shape and content."""
+    size, n = config.image_size, config.batch_size
+    found = [getattr(images, "dtype", type(images)), *getattr(images, "shape", [images])]
+    is_legal = found[0] == torch.uint8 and found[2:] == [3, size, size] and found[1] >= n
+    expected = f"expected [torch.uint8, {n} or more, 3, {size}, {size}], see load_faces"
+    check(is_legal, f"images are {found!s:.90}: {expected}")
+    some = images[:: max(1, len(images) // 256)].cpu().contiguous().numpy()
+    data = f"{tuple(images.shape)} {hashlib.sha1(some.tobytes()).hexdigest()[:8]}"
+    return {"version": VERSION, **dataclasses.asdict(config), "data": data}
+
+
+def save(training, folder):
+    """Write folder/run.pt, unless weights are not finite. A full disk is said; the run goes on."""
+    weights = [*training.generator.parameters(), *training.discriminator.parameters()]
+    if folder is None or not all(weight.isfinite().all() for weight in weights):
+        return
+    part = folder / f"run.pt.part{os.getpid()}"
+    try:
+        torch.save(training.state_dict(), part)
+        part.replace(folder / "run.pt")  # whoever reads sees the old file or the new, never half
+    except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
+        print(f"step {training.step}: {folder}/run.pt cannot be written ({describe(error)}).")
         part.unlink(missing_ok=True)
 
-@contextlib.contextmanager
-def stop_signals() -> Any:
-    """A list that names the signal once Ctrl-C or SIGTERM has come; a second Ctrl-C raises."""
-    def handle(number: int, frame: Any) -> None:
-        names.append(signal.Signals(number).name)
-        if len(names) > 1 and number == signal.SIGINT:
-            raise KeyboardInterrupt
-    names, main = [], threading.current_thread() is threading.main_thread()  # none else handles
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
-              if main and signal.getsignal(number) != signal.SIG_IGN}  # as in a worker
+
+def load_run(folder: str | Path) -> Run:
+    """The run in a folder, without its images: run.pt, or run.pt.gz, whose weights are in int8."""
+    path = Path(folder).expanduser() / "run.pt"
+    small = path.with_name("run.pt.gz")
+    file = io.BytesIO(gzip.decompress(small.read_bytes())) if small.exists() else path
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    config = Config(**{name: state["identity"][name] for name in vars(BASELINE)})
+    for name, weight in state["kept"].items():
+        if isinstance(weight, tuple):  # (int8, scale)
+            state["kept"][name] = weight[0] * weight[1]
+    generator = make_generator(config)
+    generator.load_state_dict(state["kept"])
+    generator.to(best_device())
+    return Run(config, state["history"], generator, state["snapshots"], state["environment"])
+
+
+def watch(held_out: Tensor, n: int) -> Callable:
+    """An on_epoch for `train`: SWD and coverage of up to n samples, against held-out images."""
+    real = pick(held_out, min(n, len(held_out)))
+
+    def on_epoch(run):
+        fake = sample(run, len(real))
+        swd = sliced_wasserstein(real, fake)["avg"]
+        return {"swd": swd, "coverage": coverage(real, fake)}
+
+    return on_epoch
+
+
+def train_all(
+    jobs: list[tuple[Config, str | Path]],
+    source: str | Path | None,
+    executor: futures.Executor | None = None,
+    measured_on: int = 512,
+    time_budget: float = math.inf,
+) -> dict[str, str]:
+    """Train many runs side by side. The same call goes on where it was stopped.
+
+    jobs: (config, folder) each. source: of their images, see `load_faces`. executor: any of
+    concurrent.futures' kind, as Dask's, MPI's or submitit's; None: a process for each GPU, or for
+    each CPU core with one thread. A script then needs `if __name__ == "__main__":`.
+    measured_on: `watch` measures on so many held-out images. time_budget: hours, for all together.
+    Returns {folder: why it is not finished}. What fails costs no other run; a worker that dies
+    takes the runs in progress with it. Ctrl-C and SIGTERM save all, where the processes are ours.
+    """
+    for folder, n in Counter(str(folder) for _, folder in jobs).items():
+        check(n == 1, f"{folder} is the folder of {n} runs: expected one for each")
+    for size in {config.image_size for config, _ in jobs if source}:
+        load_faces(source, size)  # decoded once, not by each of the processes
+    about = (source, measured_on, time.time() + 3600 * time_budget)
+    reasons = {}
+    pool = worker_processes() if executor is None else contextlib.nullcontext(executor)
+    with pool as executor, stop_signals() as signals, progress_bar(len(jobs), "runs") as bar:
+        folders = {executor.submit(train_job, *job, *about): str(job[1]) for job in jobs}
+        waiting = set(folders)
+        while waiting and not signals:
+            done, waiting = futures.wait(waiting, 0.5, futures.FIRST_COMPLETED)
+            for future in done:
+                reasons[folders[future]] = why_unfinished(future)
+                bar.update()
+        if signals:
+            raise KeyboardInterrupt(f"{signals[0].name}: the same call goes on with what was saved")
+    return {folder: reason for folder, reason in reasons.items() if reason}
+
+
+def train_job(config, folder, source, measured_on, deadline):
+    """One run of `train_all`: why it is not finished, or ""."""
+    faces, held_out = load_faces(source, config.image_size)
+    hours = (deadline - time.time()) / 3600
+    return train(config, faces, folder, False, watch(held_out, measured_on), hours).stopped
+
+
+def why_unfinished(future):
+    """What a `train_job` returned, or its error in words."""
     try:
-        yield names
+        return future.result()
+    except futures.BrokenExecutor:
+        return (
+            "a worker died: killed, out of memory, or no `if __name__ == '__main__':` in a script"
+        )
+    except Exception as error:
+        return describe(error)
+
+
+@contextlib.contextmanager
+def worker_processes():
+    """An executor with a process for each GPU, or else for each CPU core that may be used."""
+    on_gpu = best_device().type == "cuda"
+    n = torch.cuda.device_count() if on_gpu else usable_cores()
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    slots = spawn.SimpleQueue()
+    for slot in range(n):
+        slots.put(slot)
+    others = set(multiprocessing.active_children())
+    executor = futures.ProcessPoolExecutor(n, spawn, begin_worker, (slots, on_gpu))
+    try:
+        yield executor
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()  # SIGTERM: a run in progress is saved, see `train`
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def begin_worker(slots, on_gpu):
+    """What a process of `worker_processes` does first."""
+    torch.set_num_threads(1)  # two that share a core wait for each other by spinning
+    slot = slots.get()
+    if on_gpu:
+        torch.cuda.set_device(slot)
+
+
+def usable_cores():
+    """Of those there are, the ones that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that holds the signal once Ctrl-C or SIGTERM has come."""
+    arrived = []
+
+    def note(number, frame):
+        arrived.append(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-def progress_bar(total: int, name: Any, show: bool = True) -> tqdm:
-    return tqdm(total=total, desc=str(name), unit="img", mininterval=2, disable=not show)
+
+def raise_again(signals):
+    """Let the first signal do what it does without us; the handlers are the caller's again."""
+    for number in signals[:1]:
+        signal.raise_signal(number)
+
+
+def progress_bar(total, name, show=True):
+    return tqdm(total=total, desc=str(name), mininterval=2, disable=not show)
+
 
 @functools.cache
-def best_device() -> torch.device:
+def best_device():
     """The GPU if one really works, else the CPU; says so of one that is listed and does not."""
     try:  # is_available() is true for cards that this build has no kernels for (P100)
-        if torch.cuda.is_available() and torch.ones(8, device="cuda").cos().sum().item():
+        if torch.cuda.is_available():
+            torch.ones(8, device="cuda").cos().sum().item()
             return torch.device("cuda")
     except RuntimeError as error:
-        print(f"This GPU cannot be used, the CPU is; on Kaggle choose 'GPU T4 x2' ({said(error)}).")
+        print(f"This GPU cannot be used, the CPU is ({describe(error)}). On Kaggle take GPU T4 x2.")
     return torch.device("cpu")
 
-def environment(device: torch.device) -> dict[str, str]:
-    cpu = f"{(n := torch.get_num_threads())} CPU core{'s' * (n > 1)}"
-    return {"hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-            "torch": str(torch.__version__), "code": CODE, "date": time.strftime("%Y-%m-%d")}
 
-def said(error: BaseException) -> str:
+def environment(device, precision):
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "hardware": hardware,
+        "precision": precision,
+        "torch": str(torch.__version__),
+        "version": VERSION,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def describe(error):
+    """An error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
-# --------------------------------------------------------------------------------------- metrics
+
+# -------------------------------------------------------------------------------------------- data
+
+CACHE_DIR = Path.home() / ".cache" / "cspgan"  # Kaggle would keep 10 GB in the working folder
+HOW_TO_GET_FACES = (
+    "On Kaggle: Add Input, jessicali9530/celeba-dataset. Elsewhere: a folder or zip of images in "
+    "data/, or named by CSPGAN_DATA."
+)
+ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".jp2",
+    ".avif",
+)
+
+
+class Faces(torch.utils.data.Dataset):
+    """The images of a folder or zip, sub-folders too: [i] -> uint8 (3, size, size), RGB.
+
+    An image is its largest centred square, upright, on white, antialiased. names: of the files with
+    an image's ending; passed_over: the others, counted by theirs. Links are not followed.
+    A file that cannot be decoded raises a ValueError, one that cannot be read an OSError.
+    """
+
+    def __init__(self, source: str | Path, size: int):
+        check(size in SIZES, f"{size=}: expected one of {SIZES}")
+        self.source = Path(source).expanduser().resolve()
+        self.size = int(size)
+        self.is_zip = zipfile.is_zipfile(self.source)
+        known = self.is_zip or self.source.is_dir()
+        check(
+            known, f"{self.source}: expected a folder, or a zip that is whole. {HOW_TO_GET_FACES}"
+        )
+        open_zip.cache_clear()  # another zip may lie there by now
+        self.states = {}  # of each image file: it has another where its content has changed
+        self.passed_over = Counter()
+        list_files = files_in_zip if self.is_zip else files_in_folder
+        for name, state in list_files(self.source):
+            kind = os.path.splitext(name)[1].lower()
+            if "/." in f"/{name}" or "__MACOSX" in name:  # nobody put it there on purpose
+                continue
+            if kind in ENDINGS:
+                self.states[name] = state
+            else:
+                self.passed_over[kind or "no ending"] += 1
+        self.names = sorted(self.states)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        name = self.names[i]
+        if self.is_zip:
+            data = open_zip(self.source, os.getpid()).read(name)
+        else:
+            data = (self.source / name).read_bytes()
+        try:
+            return torch.from_numpy(decode_image(data, self.size))  #            (3, size, size)
+        except Exception as error:  # whatever a damaged file raises
+            why = describe(error).split(" <_io")[0]
+            raise ValueError(f"{name} is damaged ({why}), it begins with {data[:24]!r}") from error
+
+
+@functools.lru_cache(4)
+def open_zip(path, process):
+    """An open zip. Not across forks: they would share one position in the file."""
+    return zipfile.ZipFile(path)
+
+
+def files_in_zip(path):
+    """(name, state) of all files."""
+    for info in open_zip(path, os.getpid()).infolist():
+        if not info.is_dir():
+            yield info.filename, info.CRC
+
+
+def files_in_folder(folder):
+    """(name, state) of all files below it, but for links."""
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(top, name)
+            if not os.path.islink(path):
+                stat = os.stat(path)
+                yield os.path.relpath(path, folder), (stat.st_size, stat.st_mtime_ns)
+
+
+def decode_image(data, size):
+    """One encoded image of any mode as RGB, uint8 (3, size, size)."""
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (2 * size, 2 * size))  # a far larger JPEG is unpacked at 1/2, 1/4 or 1/8
+    image.load()
+    with contextlib.suppress(Exception):  # a malformed EXIF block says nothing of the pixels
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 bits a pixel: convert would clip, not scale
+        grey = np.asarray(image, dtype=np.float32) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:  # the colours under transparent pixels are arbitrary
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square).transpose(2, 0, 1).copy()  #                       (3, size, size)
+
+
+def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") -> Path | None:
+    """CSPGAN_DATA, else img_align_celeba in Kaggle's input folder, else what lies in data/.
+
+    Says what was taken, with its count by folder, and what else is there. None: nothing is.
+    """
+    asked = os.environ.get("CSPGAN_DATA")
+    if asked:
+        return Faces(asked, SIZES[0]).source  # or its error: nothing takes the place of this
+    places = [*Path(kaggle).rglob("img_align_celeba*"), Path(data), *Path(data).rglob("*.zip")]
+    known = [place for place in sorted(places) if place.is_dir() or zipfile.is_zipfile(place)]
+    found = [Faces(place, SIZES[0]) for place in known]
+    found.sort(key=lambda faces: not faces.names)  # what has images first
+    if found and found[0].names:
+        print("Taken:", what_is_in(found[0]))
+        print(*(f"Not taken: {what_is_in(faces)}" for faces in found[1:]), sep="\n")
+        return found[0].source
+    if Path(kaggle).is_dir():
+        found.append(Faces(kaggle, SIZES[0]))
+    print(f"No data set. {HOW_TO_GET_FACES}", *map(what_is_in, found), sep="\n")
+    return None
+
+
+def what_is_in(faces):
+    """ "photos.zip: 40 images (a 30, b 10); passed over 2 .csv"."""
+    folders = Counter(os.path.dirname(name) for name in faces.names)
+    by_folder = ", ".join(f"{folder or '.'} {n:,}" for folder, n in folders.most_common(8))
+    others = ", ".join(f"{n:,} {kind}" for kind, n in faces.passed_over.most_common(8))
+    return f"{faces.source}: {len(faces):,} images ({by_folder}); passed over {others or 'nothing'}"
+
+
+def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
+    """(faces to train on, faces held out to measure on), uint8 (N, 3, size, size) each.
+
+    source: a folder or zip, or None for 4,096 procedural faces. Its images are decoded once, into
+    cache_dir, and memory-mapped read-only: clone them before you write to them. What cannot be
+    decoded is named and skipped. Held out is CelebA's own test partition where the whole of CelebA
+    is there, else every image whose pixels' hash falls in a fixed tenth: it stays on its side when
+    others come, and so do its copies.
+    """
+    if source is None:
+        images = toy_faces(4096, size)
+        held = torch.tensor([content_hash(image.numpy()) < 0.1 for image in images])  #     (N,)
+        return images[~held], images[held]
+    faces = Faces(source, size)
+    check(faces.names, f"{what_is_in(faces)}. {HOW_TO_GET_FACES}")
+    state = hashlib.sha1(repr((faces.states, "decoder 4")).encode()).hexdigest()[:12]
+    cache = Path(cache_dir).expanduser() / f"{faces.source.stem}-{size}px-{state}"
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+            decode_all(faces, Path(folder))
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.rename(shutil.copytree(folder, f"{folder}-whole"), cache)
+    pixels = np.memmap(cache / "images.u8", np.uint8, mode="r")
+    with warnings.catch_warnings(action="ignore"):  # that it must not be written to
+        images = torch.from_numpy(pixels).view(-1, 3, faces.size, faces.size)
+    n = int((cache / "to_train_on.txt").read_text())
+    return images[:n], images[n:]
+
+
+def decode_all(faces, folder):
+    """Write all pixels to folder/images.u8, those held out last, and the number of the others."""
+    need = len(faces) * 3 * faces.size**2 / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
+    print("Decoding", what_is_in(faces))
+    is_celeba = len(faces) == 202_599  # the whole of it: its own test partition is held out
+    damaged, hashes, n = [], [], 0
+    with open(folder / "images.u8", "wb") as file, tempfile.TemporaryFile(dir=folder) as held_file:
+        for name, pixels in zip(faces.names, decoded(faces)):
+            if isinstance(pixels, ValueError):
+                damaged.append(str(pixels))
+                continue
+            hashes.append(content_hash(pixels))
+            if name[-10:] >= "182638.jpg" if is_celeba else hashes[-1] < 0.1:
+                held_file.write(pixels)
+            else:
+                file.write(pixels)
+                n += 1
+        held_file.seek(0)
+        shutil.copyfileobj(held_file, file)
+    (folder / "to_train_on.txt").write_text(str(n))
+    copies = len(hashes) - len(set(hashes))
+    if copies or damaged:
+        print(f"{copies:,} exact copies. {len(damaged):,} skipped: {'; '.join(damaged[:10])}")
+    check(hashes, f"{faces.source}: no image can be decoded. {HOW_TO_GET_FACES}")
+
+
+def decoded(faces):
+    """The pixels of each image as bytes, or the ValueError, by all cores, in order."""
+
+    def decode(i):
+        try:
+            return faces[i].numpy().tobytes()
+        except ValueError as error:  # it must not cost the other 200,000
+            return error
+
+    with futures.ThreadPoolExecutor(usable_cores()) as pool:  # Pillow lets threads run
+        yield from tqdm(pool.map(decode, range(len(faces))), "decoding", len(faces), mininterval=2)
+
+
+def content_hash(pixels):
+    """A number in [0, 1) from an image's bytes alone: the same on every call and machine."""
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little") / 2**64
+
+
+def toy_faces(n: int, size: int, seed: int = 0) -> Tensor:
+    """Procedural faces, uint8 (n, 3, size, size); a smaller n gives the first of the same faces."""
+    is_count = isinstance(n, numbers.Integral) and n > 0
+    check(is_count and size in SIZES, f"{n=}, {size=}: expected 1 or more, and one of {SIZES}")
+    faces = [toy_face(np.random.default_rng((seed, i))) for i in range(n)]
+    small = [face.resize((int(size), int(size)), Image.Resampling.BOX) for face in faces]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+
+
+def toy_face(random):
+    """A face of ellipses, 256x256, mirrored at its middle."""
+    ground, hair, iris = random.integers(20, 220, (3, 3)).tolist()
+    skin = random.integers((150, 110, 90), (250, 200, 170)).tolist()
+    x, y, width = random.uniform((100, 110, 50), (156, 146, 70))
+    ellipses = [  # colour, distance from (x, y), half of width and height
+        (hair, 0, 0, width + 14, 90),
+        (skin, 0, 12, width, 76),
+        ([200, 70, 80], 0, 54, 22, 9),
+        (iris, 27, 0, 12, 8),
+    ]
+    image = Image.new("RGB", (256, 256), tuple(ground))
+    draw = ImageDraw.Draw(image)
+    for colour, dx, dy, a, b in ellipses:
+        for cx in (x - dx, x + dx):
+            draw.ellipse((cx - a, y + dy - b, cx + a, y + dy + b), tuple(colour))
+    return image
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
 def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
-    """Sliced Wasserstein distance of Progressive GAN (arXiv 1710.10196), x1e3; lower is better. Of
-    uint8 (N, 3, S, S), equally many: {"64": .., "32": .., "16": .., "avg": ..}, the distance of 7x7
-    patches at each level of a Laplacian pyramid. Its floor falls with N. Blind to colour shifts."""
-    need(real.shape == fake.shape and real.dtype == fake.dtype == torch.uint8, f"real {real.dtype} "
-         f"{[*real.shape]}, fake {fake.dtype} {[*fake.shape]}: expected uint8 (N, 3, S, S), alike")
-    random, distances = torch.Generator().manual_seed(seed), {}
-    for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(fake)):   # (N, 3, s, s) each
-        side, gaps = a.shape[-1], []
+    """Sliced Wasserstein distance of Progressive GAN (arXiv 1710.10196), x1e3; lower is better.
+
+    real, fake: uint8 (N, 3, S, S), equally many. Returns the distance of 7x7 patches at each level
+    of a Laplacian pyramid and their mean: {"64": .., "32": .., "16": .., "avg": ..}. Its floor,
+    real against other real images, falls with N. Blind to a shift of all colours.
+    """
+    alike = real.shape == fake.shape and real.dtype == fake.dtype == torch.uint8
+    found = [(images.dtype, *images.shape) for images in (real, fake)]
+    check(alike, f"real and fake are {found}: expected uint8 (N, 3, S, S), alike")
+    random = torch.Generator().manual_seed(seed)
+    distances = {}
+    for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(fake)):  #      (N, 3, s, s) each
+        side = a.shape[-1]
         corner = torch.randint(side - 6, (2, len(a), 128), generator=random)  # the same for both
-        a, b = cut_patches(a, corner), cut_patches(b, corner)            # (147, 128 N) each
+        a = cut_patches(a, corner)  #                                               (147, 128 N)
+        b = cut_patches(b, corner)  #                                               (147, 128 N)
+        means = []
         for _ in range(4):
-            d = F.normalize(torch.randn(128, 147, generator=random), dim=1).to(a.device)
-            # NumPy sorts, for torch.sort also makes the indices: 10 times as long on a CPU.
-            rows = [np.sort((d @ x).cpu().numpy(), axis=1) for x in (a, b)]  # (128, 128 N) each
-            gaps.append(1e3 * float(np.abs(rows[0] - rows[1]).mean()))
-        distances[str(side)] = sum(gaps) / 4
+            directions = F.normalize(torch.randn(128, 147, generator=random), dim=1).to(a.device)
+            gaps = sort_rows(directions @ a) - sort_rows(directions @ b)  #         (128, 128 N)
+            means.append(1e3 * float(np.abs(gaps).mean()))
+        distances[str(side)] = sum(means) / len(means)
     return {**distances, "avg": sum(distances.values()) / len(distances)}
 
-def laplacian_pyramid(images: Tensor) -> list[Tensor]:
-    """[(N, 3, S, S), ... (N, 3, 16, 16)]: what each size adds to the next, by the 5x5 binomial."""
-    def smooth(x: Tensor) -> Tensor:
-        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=x.device) / 16
-        binomial = (row[:, None] * row).expand(3, 1, 5, 5)
-        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), binomial, groups=3)
-    levels = [images.to(best_device()).float()]
-    while levels[-1].shape[-1] > 16:
-        small, up = smooth(levels[-1])[:, :, ::2, ::2], torch.zeros_like(levels[-1])
-        up[:, :, ::2, ::2] = 4 * small  # for the three zeros beside each
-        levels[-1:] = [levels[-1] - smooth(up), small]
-    return levels
 
-def cut_patches(images: Tensor, corner: Tensor) -> Tensor:
+def sort_rows(x):
+    """By NumPy: torch.sort also makes the indices, and takes 10 times as long on a CPU."""
+    return np.sort(x.cpu().numpy(), axis=1)
+
+
+def laplacian_pyramid(images):
+    """[(N, 3, S, S), ... (N, 3, 16, 16)]: what each size adds to the next smaller one."""
+    x = images.to(best_device()).float()  #                                         (N, 3, S, S)
+    levels = []
+    while x.shape[-1] > 16:
+        small = smooth(x)[:, :, ::2, ::2]  #                                    (N, 3, s/2, s/2)
+        enlarged = torch.zeros_like(x)  #                                           (N, 3, s, s)
+        enlarged[:, :, ::2, ::2] = 4 * small  # 4: for the three zeros beside each
+        levels.append(x - smooth(enlarged))
+        x = small
+    return [*levels, x]
+
+
+def smooth(x):
+    """By the 5x5 binomial, (N, 3, s, s)."""
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=x.device) / 16
+    binomial = (row[:, None] * row).expand(3, 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), binomial, groups=3)
+
+
+def cut_patches(images, corner):
     """7x7 patches with upper left corners (2, N, 128), normalised per channel: (147, 128 N)."""
-    rows, columns = (corner[..., None] + torch.arange(7)).to(images.device)  # (N, 128, 7) each
-    n = torch.arange(len(images), device=images.device)[:, None, None, None]
-    cut = images[n, :, rows[..., None], columns[..., None, :]]           # (N, 128, 7, 7, 3)
-    patches = cut.permute(4, 2, 3, 0, 1).flatten(1, 2).flatten(2)        # (3, 49, 128 N)
+    n = torch.arange(len(images), device=images.device)[:, None]  #                       (N, 1)
+    rows, columns = corner.to(images.device)  #                                    (N, 128) each
+    patches = images.unfold(2, 7, 1).unfold(3, 7, 1)[n, :, rows, columns]  #  (N, 128, 3, 7, 7)
+    patches = patches.permute(2, 3, 4, 0, 1).reshape(3, 49, -1)  #              (3, 49, 128 N)
     std, mean = torch.std_mean(patches, dim=(1, 2), correction=0, keepdim=True)
-    return ((patches - mean) / std.clamp(min=1e-3)).flatten(0, 1)        # (147, 128 N)
+    return ((patches - mean) / std.clamp(min=1e-3)).flatten(0, 1)  #                (147, 128 N)
+
+
+def thumbnails(images):
+    """Images at 16 px as vectors of doubles in [0, 255], (N, 768)."""
+    parts = images.cpu().split(1024)
+    return torch.cat([F.adaptive_avg_pool2d(part.double(), 16).flatten(1) for part in parts])
+
 
 def nearest(images: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """(distance, index), (N,) each, of an image's k-th nearest one of `among`; not itself, if both
-    are one tensor. Distance: RMS of pixels in [0, 1], at 16 px; of a copy exactly 0."""
-    a, b = (torch.cat([F.adaptive_avg_pool2d(part.cpu().double(), 16).flatten(1)  # (N, 768)
-                       for part in x.split(1024)]) for x in (images, among))
-    d = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist") / (255 * math.sqrt(768))  # (N, M)
-    return tuple((d.fill_diagonal_(math.inf) if among is images else d).kthvalue(k, dim=1))
+    """(distance, index), (N,) each, of an image's k-th nearest one of `among`.
+
+    Not itself, where both are one tensor. Distance: root mean square of pixels in [0, 1], at 16 px;
+    of a copy exactly 0.
+    """
+    a = thumbnails(images)  #                                                           (N, 768)
+    b = thumbnails(among)  #                                                            (M, 768)
+    distances = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")  #               (N, M)
+    if among is images:
+        distances.fill_diagonal_(math.inf)
+    values, index = distances.kthvalue(k, dim=1)  #                                   (N,), (N,)
+    return values / (255 * math.sqrt(768)), index
+
 
 def diversity(real: Tensor, fake: Tensor) -> float:
-    """Mean distance of a fake image to its nearest other fake one, over the same for real ones but
-    for copies: 1 is right, towards 0 is collapse, nan if all real ones are copies."""
-    need(len(real) == len(fake), f"{len(real)} real, {len(fake)} fake images: expected as many")
-    real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])       # (M, 3, S, S)
-    fake = fake[: len(real)]                                             # (M, 3, S, S)
-    ratio = nearest(fake, fake)[0].mean() / nearest(real, real)[0].mean()
-    return ratio.item() if len(real) > 1 else math.nan
+    """Mean distance of a fake image to its nearest other fake one, over the same for real ones.
+
+    real, fake: uint8 (N, 3, S, S), equally many. 1 is right, towards 0 is collapse. Copies among
+    the real ones are left out; nan if all are.
+    """
+    check(len(real) == len(fake), f"{len(real)} real, {len(fake)} fake images: expected as many")
+    real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])  #               (M, 3, S, S)
+    fake = fake[: len(real)]  #                                                     (M, 3, S, S)
+    if len(real) == 1:
+        return math.nan
+    return (nearest(fake, fake)[0].mean() / nearest(real, real)[0].mean()).item()
+
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """Share of real images with a fake one nearer than their k-th real one (arXiv 2002.09797)."""
-    need(len(real) > k, f"{len(real)} real images: expected more than k={k}")
-    return (nearest(real, fake)[0] <= nearest(real, real, k)[0]).float().mean().item()
+    """Share of real images with a fake one nearer than their k-th real one (arXiv 2002.09797).
 
-def fid_kid(real: Tensor, fake: Tensor) -> dict[str, Any]:
-    """FID and KID by torch-fidelity, lower is better; None, and why, if it cannot be had."""
-    try:
-        from torch_fidelity import calculate_metrics
-        sides = [torch.utils.data.Subset(images, range(len(images))) for images in (real, fake)]
-        found = calculate_metrics(input1=sides[0], input2=sides[1], fid=True, kid=True, cache=False,
-            verbose=False, kid_subset_size=min(1000, len(real)), cuda=best_device().type == "cuda")
-        return {"fid": found["frechet_inception_distance"], "no_fid": "",
-                "kid": found["kernel_inception_distance_mean"]}
-    except Exception as error:  # not installed, or no network for the weights
-        return {"fid": None, "kid": None, "no_fid": said(error)}
+    real: uint8 (N, 3, S, S), fake: (M, 3, S, S). Higher is better; real against real reads 0.97.
+    """
+    check(len(real) > k, f"{len(real)} real images: expected more than k={k}")
+    covered = nearest(real, fake)[0] <= nearest(real, real, k)[0]  #                        (N,)
+    return covered.float().mean().item()
+
 
 def pick(images: Tensor, n: int, seed: int = 0) -> Tensor:
     """n of the images at random, uint8 (n, 3, S, S) on the CPU, in the order they had."""
-    need(0 < n <= len(images), f"n={n}: expected 1 to {len(images)}, as many as there are images")
-    index = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
-    return images[index.sort().values.to(images.device)].cpu()
+    check(0 < n <= len(images), f"n={n}: expected 1 to {len(images)}, the number of images")
+    random = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(images), generator=random)[:n].sort().values  #              (n,)
+    return images[index.to(images.device)].cpu()
 
-def measure(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Every metric of fake images against as many real ones; nan becomes None, for JSON."""
-    return {"swd": sliced_wasserstein(real, fake, seed), "coverage": coverage(real, fake),
-            "diversity": d if (d := diversity(real, fake)) == d else None, **fid_kid(real, fake)}
 
-def reference(held_out: Tensor, others: Tensor, n: int = 1024, seed: int = 0) -> dict[str, Any]:
-    """What every metric reads on real images: n held-out ones, or all, against others."""
+def measure(real: Tensor, fake: Tensor, seed: int = 0) -> dict:
+    """Every metric of fake images against as many real ones. None where there is no number."""
+    spread = diversity(real, fake)
+    return {
+        "swd": sliced_wasserstein(real, fake, seed),
+        "coverage": coverage(real, fake),
+        "diversity": None if math.isnan(spread) else spread,
+    }
+
+
+def evaluate(run: Run, held_out: Tensor, others: Tensor, n: int = 1024, seed: int = 0) -> dict:
+    """A record for results/table.json: every metric of n samples against n held-out images.
+
+    Their reference, what the metrics read on n other real images, stands beside: swd_floor,
+    coverage_real, diversity_real. n: at most as many as there are.
+    """
     n = min(n, len(held_out), len(others))
-    found = measure(pick(held_out, n, seed), pick(others, n, seed), seed)
-    return {"measured_on": n, "swd_floor": found["swd"], "fid_floor": found["fid"],
-            "coverage_real": found["coverage"], "diversity_real": found["diversity"]}
+    real = pick(held_out, n, seed)
+    last = run.history[-1]
+    floor = measure(real, pick(others, n, seed), seed)
+    return {
+        "image_size": run.config.image_size,
+        "width": run.config.width,
+        "seed": run.config.seed,
+        "images_seen": last["images"],
+        "seconds": last["seconds"],
+        **measure(real, sample(run, n, seed), seed),
+        "measured_on": n,
+        "swd_floor": floor["swd"],
+        "coverage_real": floor["coverage"],
+        "diversity_real": floor["diversity"],
+        **run.environment,
+    }
 
-def evaluate(run: Run, held_out: Tensor, floor: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """A record for results/table.json: every metric, on held-out images, and the floor given."""
-    n, last = floor["measured_on"], run.history[-max(1, len(run.history) // 20) :]
-    losses = {key: sum(record[key] for record in last) / len(last) for key in ("d_loss", "g_loss")}
-    return {**{key: vars(run.config)[key] for key in ("image_size", "width", "seed")}, **losses,
-            "images_seen": last[-1]["images"], "seconds": last[-1]["seconds"],
-            **measure(pick(held_out, n, seed), sample(run, n, seed)), **floor, **run.environment}
 
-# ----------------------------------------------------------------------------------------- plots
-class Picture(Figure):
-    """A figure that a notebook shows once, without pyplot and without `%matplotlib inline`."""
-    def _repr_png_(self) -> bytes:
-        self.savefig(buffer := io.BytesIO(), format="png", dpi=72)
-        return buffer.getvalue()
+# ------------------------------------------------------------------------------------------- plots
+
 
 def show_images(images: Tensor, title: str = "", columns: int = 12) -> Figure:
-    """A grid of uint8 (N, 3, S, S); only one too large for the figure is smoothed."""
-    grid = make_grid(images, min(columns, len(images)), padding=1, pad_value=255).permute(1, 2, 0)
-    figure = Picture((10, 10 * len(grid) / len(grid[0]) + 0.3), layout="constrained")
-    ax = figure.subplots(subplot_kw={"xticks": [], "yticks": [], "title": title})
-    ax.imshow(grid.numpy(), interpolation="nearest" if len(grid[0]) < 1000 else None)
+    """A grid of uint8 images (N, 3, S, S)."""
+    columns = min(columns, len(images))
+    grid = make_grid(images, columns, padding=1, pad_value=255).permute(1, 2, 0)  #    (H, W, 3)
+    height, width, _ = grid.shape
+    figure = Figure((10, 10 * height / width + 0.3), layout="constrained", dpi=72)
+    ax = figure.subplots()
+    ax.imshow(grid.numpy(), interpolation="nearest" if width < 1000 else "auto")
+    ax.set(title=title, xticks=[], yticks=[])
     return figure
+
 
 def compare(runs: dict[str, Run], n: int = 12, seed: int = 0) -> Figure:
     """One row of n samples for each run of one image size, the same noise in every row."""
-    figure = show_images(torch.cat([sample(run, n, seed) for run in runs.values()]), columns=n)
-    rows = (torch.arange(len(runs)) + 0.5) * (next(iter(runs.values())).config.image_size + 1)
-    figure.axes[0].set_yticks(rows.tolist(), [*runs], fontsize=9)
+    rows = torch.cat([sample(run, n, seed) for run in runs.values()])
+    figure = show_images(rows, columns=n)
+    middles = (np.arange(len(runs)) + 0.5) * (rows.shape[-1] + 1)
+    figure.axes[0].set_yticks(middles, list(runs))
     return figure
 
-def plot_losses(run: Run, title: str = "") -> Figure:
+
+def plot_losses(run: Run, title: str = "losses") -> Figure:
     """Losses with the values they should approach, D's mean logits, and the collapse alarm."""
-    losses, logits, alarm = (figure := Picture((10, 3), layout="constrained")).subplots(1, 3)
-    lines = {"d_loss": (losses, "D"), "g_loss": (losses, "G"), "d_real": (logits, "real images"),
-             "d_fake": (logits, "generated images"), "diversity": (alarm, "256 samples")}
-    for k, (key, (ax, name)) in enumerate(lines.items()):
-        records = [record for record in run.history if key in record]
-        ax.plot([record["images"] / 1000 for record in records], [r[key] for r in records], f"C{k}",
-                marker="o" if ax is alarm else "", ms=4, lw=1, label=name)
-    for k, level in enumerate(equilibrium(run.config)):
-        losses.axhline(level, color=f"C{k}", ls="--", lw=1, label=f"equilibrium, {level:.2f}")
-    alarm.axhline(1, color="C4", ls="--", lw=1), alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
-    words = "diversity (real: 1; red: collapse)"  # below 0.3, by eye
-    for ax, name in ((losses, title or "losses"), (logits, "mean logit"), (alarm, words)):
-        ax.set(title=name, xlabel="thousand images seen", ylim=(None if ax is logits else 0, None))
-        ax is alarm or ax.legend(frameon=False, fontsize=7.5)
+    figure = Figure((10, 3), layout="constrained", dpi=72)
+    losses, logits, alarm = figure.subplots(1, 3)
+    plot_history(losses, run, title, d_loss="D", g_loss="G")
+    plot_history(logits, run, "D's mean logit", d_real="real images", d_fake="generated images")
+    plot_history(alarm, run, "diversity (real: 1; red: collapse)", diversity="256 samples")
+    fair = LOSSES[run.config.loss].equilibrium(run.config.label_smoothing)
+    for level, line in zip(fair or (), losses.lines):
+        losses.axhline(level, color=line.get_color(), ls="--")  # where it should come to
+    alarm.axhline(1, ls="--")
+    alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
     return figure
+
+
+def plot_history(ax, run, title, **labels):
+    """Numbers of the history, each with its label, over the images seen."""
+    for name, label in labels.items():
+        points = [(record["images"], record[name]) for record in run.history if name in record]
+        ax.plot(*zip(*points), label=label)
+    ax.set(title=title, xlabel="images seen")
+    ax.legend()
+
+
+# -------------------------------------------------------------------------------- faster penalties
+
+
+def linear_layers(discriminator):
+    """D's layers in their order, if each is a convolution or a LeakyReLU; None if one is not."""
+    layers = [layer for layer in discriminator.modules() if not list(layer.children())]
+    is_known = all(type(layer) in (nn.Conv2d, nn.LeakyReLU) for layer in layers)
+    return layers if is_known else None
+
+
+def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT32):
+    """`d_step` without a double backward: 4 passes through D, not 6. See `choose_d_step`.
+
+    A D of convolutions and LeakyReLU is linear between its kinks: D(x) = <v, x> + b, where v is
+    grad_x D(x). Let x_k be what enters convolution k when x goes through D; v_k the same for v, at
+    the kinks of x and without biases; s_k the gradient of D(x) by what convolution k returns. The
+    gradient of its weights is
+
+        s_k times dL/dD(x) x_k   for the loss,
+        s_k times gamma v_k      for the penalty gamma/2 |v|^2, as a kink has no second derivative.
+
+    Both are linear in what goes through D, so u = dL/dD(x) x + gamma v goes once, with biases times
+    dL/dD(x). Passes: x; back, for v and s; u; back, for the weights.
+    """
+    layers = linear_layers(discriminator)
+    check(layers, "d_step_linear: expected a D of nn.Conv2d and nn.LeakyReLU alone; use d_step")
+    discriminator.train().requires_grad_(True)
+    optimizer.zero_grad()
+    n = len(real)
+
+    # x through D, and back
+    x = torch.cat([real, fake]).detach().requires_grad_()  #                       (2n, 3, S, S)
+    passed = [x]  # what enters the first layer, and what each returns              (2n, c, s, s)
+    with precision.autocast():
+        for layer in layers:
+            passed.append(layer(passed[-1]))
+    logits = passed[-1].flatten().float()  #                                               (2n,)
+    v, *slopes = torch.autograd.grad(logits.sum(), passed)  #                  as `passed`, each
+
+    # the loss, and its gradient by each logit
+    logits = logits.detach().requires_grad_()  #                                           (2n,)
+    d_real, d_fake = logits.chunk(2)  #                                              (n,), twice
+    d_loss = LOSSES[config.loss].d(d_real, d_fake, config.label_smoothing)  #                 ()
+    (weight,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #             (2n,)
+    weight = weight.view(-1, 1, 1, 1)  #                                           (2n, 1, 1, 1)
+    gamma = torch.empty_like(weight)  #                                            (2n, 1, 1, 1)
+    gamma[:n] = config.r1 / n
+    gamma[n:] = config.r2 / n
+
+    # u through D, at the kinks of x, and back from each convolution
+    u = torch.addcmul(
+        precision.scaler.scale(gamma) * v, weight, x.detach()
+    )  #                 (2n, 3, S, S)
+    for layer, before, slope in zip(layers, passed, slopes):
+        if isinstance(layer, nn.LeakyReLU):
+            u = torch.where(before > 0, u, layer.negative_slope * u)  #            (2n, c, s, s)
+            continue
+        with precision.autocast():
+            u = F.conv2d(u.detach(), layer.weight, None, layer.stride, layer.padding)
+        u = u + weight * layer.bias.view(-1, 1, 1)  #                              (2n, c, s, s)
+        u.backward(slope)
+    precision.step(optimizer)
+
+    penalty = (gamma / 2 * v.square()).sum()  #                                               ()
+    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #         (4,)
+
+
+def choose_d_step(discriminator, real, fake, config):
+    """`d_step_linear` where there are penalties and it is exact for this D, else `d_step`.
+
+    It is tried in float32 on up to 16 images, so that a D whose layers are known but whose forward
+    does something else with them is found out.
+    """
+    if config.r1 + config.r2 == 0:
+        return d_step
+    difference = math.inf  # where a layer is not known
+    if linear_layers(discriminator):
+        exact = gradient_of(d_step, discriminator, real[:16], fake[:16], config)
+        found = gradient_of(d_step_linear, discriminator, real[:16], fake[:16], config)
+        difference = (found - exact).norm() / exact.norm()
+    if difference < 1e-3:
+        return d_step_linear
+    print(f"Penalties by a double backward: the linear form is off by {difference:.2g} for this D.")
+    return d_step
+
+
+def gradient_of(step, discriminator, real, fake, config):
+    """The gradient of all weights that a step of D takes, as one vector."""
+    twin = copy.deepcopy(discriminator)
+    step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), real, fake, config)
+    return torch.cat([weight.grad.flatten() for weight in twin.parameters()])
