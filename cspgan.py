@@ -9,7 +9,7 @@ faces have 8.8 (lower is better; one seed; results/full_size.json). At 64 px and
     config = PRESETS["converged"].but(image_size=64, width=128)
     run = train(config, faces, "results/my_idea")
     show_images(sample(run, 36)).savefig("samples.png")
-    evaluate(run, held_out, reference(held_out, faces))
+    evaluate(run, held_out, faces)
 
 Contents: networks, losses, the two steps, config, training, runs, data, metrics, plots, faster
 penalties. Images are uint8 (N, 3, S, S) everywhere but inside the networks, which see floats in
@@ -1523,6 +1523,8 @@ def evaluate(run: Run, held_out: Tensor, others: Tensor, n: int = 1024, seed: in
         "seed": run.config.seed,
         "images_seen": last["images"],
         "seconds": last["seconds"],
+        "d_loss": last["d_loss"],
+        "g_loss": last["g_loss"],
         **measure(real, sample(run, n, seed), seed),
         "measured_on": n,
         "swd_floor": floor["swd"],
