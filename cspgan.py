@@ -829,9 +829,9 @@ def train(
     deadline = saved + 3600 * time_budget
     with stop_signals() as signals, progress_bar(training.steps, name, progress) as bar:
         bar.update(training.step)
-        while training.step < training.steps:
-            run.stopped = reason_to_stop(training.history, signals, deadline)
-            if run.stopped:
+        while True:
+            run.stopped = reason_to_stop(training, signals, deadline)
+            if run.stopped or training.step == training.steps:
                 break
             training.advance()
             bar.update()
@@ -854,11 +854,13 @@ def train(
     return run
 
 
-def reason_to_stop(history, signals, deadline):
+def reason_to_stop(training, signals, deadline):
     """Why a training cannot or must not go on, or ""."""
-    for record in history[-1:]:
+    for record in training.history[-1:]:
         if not math.isfinite(record["d_loss"] + record["g_loss"]):
             return f"not finite: D's loss {record['d_loss']}, G's {record['g_loss']}"
+    if training.step == training.steps:
+        return ""
     if signals:
         return signals[0].name
     return "time" if time.monotonic() > deadline else ""
@@ -1038,9 +1040,7 @@ def why_unfinished(future):
     try:
         return future.result()
     except futures.BrokenExecutor:
-        return (
-            "a worker died: killed, out of memory, or no `if __name__ == '__main__':` in a script"
-        )
+        return "a worker died: killed, out of memory, or a script without `if __name__ == ...`"
     except Exception as error:
         return describe(error)
 
@@ -1068,6 +1068,7 @@ def worker_processes():
 
 def begin_worker(slots, on_gpu):
     """What a process of `worker_processes` does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all; the parent ends the others
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
     slot = slots.get()
     if on_gpu:
@@ -1143,20 +1144,7 @@ HOW_TO_GET_FACES = (
     "On Kaggle: Add Input, jessicali9530/celeba-dataset. Elsewhere: a folder or zip of images in "
     "data/, or named by CSPGAN_DATA."
 )
-ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".jp2",
-    ".avif",
-)
+ENDINGS = ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm .jp2 .avif"
 
 
 class Faces(torch.utils.data.Dataset):
@@ -1173,9 +1161,7 @@ class Faces(torch.utils.data.Dataset):
         self.size = int(size)
         self.is_zip = zipfile.is_zipfile(self.source)
         known = self.is_zip or self.source.is_dir()
-        check(
-            known, f"{self.source}: expected a folder, or a zip that is whole. {HOW_TO_GET_FACES}"
-        )
+        check(known, f"{self.source}: no folder, and no zip that is whole. {HOW_TO_GET_FACES}")
         open_zip.cache_clear()  # another zip may lie there by now
         self.states = {}  # of each image file: it has another where its content has changed
         self.passed_over = Counter()
@@ -1184,7 +1170,7 @@ class Faces(torch.utils.data.Dataset):
             kind = os.path.splitext(name)[1].lower()
             if "/." in f"/{name}" or "__MACOSX" in name:  # nobody put it there on purpose
                 continue
-            if kind in ENDINGS:
+            if kind in ENDINGS.split():
                 self.states[name] = state
             else:
                 self.passed_over[kind or "no ending"] += 1
@@ -1252,15 +1238,17 @@ def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") 
     Says what was taken, with its count by folder, and what else is there. None: nothing is.
     """
     asked = os.environ.get("CSPGAN_DATA")
-    if asked:
-        return Faces(asked, SIZES[0]).source  # or its error: nothing takes the place of this
-    places = [*Path(kaggle).rglob("img_align_celeba*"), Path(data), *Path(data).rglob("*.zip")]
-    known = [place for place in sorted(places) if place.is_dir() or zipfile.is_zipfile(place)]
-    found = [Faces(place, SIZES[0]) for place in known]
+    celeba = sorted(Path(kaggle).rglob("img_align_celeba*"))[:1]
+    zips = sorted(Path(data).rglob("*.zip"))
+    found = []
+    for place in [asked] if asked else [*celeba, Path(data), *zips]:
+        if asked or place.is_dir() or zipfile.is_zipfile(place):
+            found.append(Faces(place, SIZES[0]))  # one that was asked for is there, or an error
     found.sort(key=lambda faces: not faces.names)  # what has images first
-    if found and found[0].names:
+    if asked or (found and found[0].names):
         print("Taken:", what_is_in(found[0]))
-        print(*(f"Not taken: {what_is_in(faces)}" for faces in found[1:]), sep="\n")
+        for faces in found[1:]:
+            print("Not taken:", what_is_in(faces))
         return found[0].source
     if Path(kaggle).is_dir():
         found.append(Faces(kaggle, SIZES[0]))
@@ -1269,7 +1257,7 @@ def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") 
 
 
 def what_is_in(faces):
-    """ "photos.zip: 40 images (a 30, b 10); passed over 2 .csv"."""
+    """As "photos.zip: 40 images (a 30, b 10); passed over 2 .csv"."""
     folders = Counter(os.path.dirname(name) for name in faces.names)
     by_folder = ", ".join(f"{folder or '.'} {n:,}" for folder, n in folders.most_common(8))
     others = ", ".join(f"{n:,} {kind}" for kind, n in faces.passed_over.most_common(8))
@@ -1296,9 +1284,10 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-            decode_all(faces, Path(folder))
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                os.rename(shutil.copytree(folder, f"{folder}-whole"), cache)
+            whole = Path(folder, "whole")
+            decode_all(faces, whole)
+            with contextlib.suppress(OSError):  # another process was faster
+                whole.rename(cache)
     pixels = np.memmap(cache / "images.u8", np.uint8, mode="r")
     with warnings.catch_warnings(action="ignore"):  # that it must not be written to
         images = torch.from_numpy(pixels).view(-1, 3, faces.size, faces.size)
@@ -1308,6 +1297,7 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
 
 def decode_all(faces, folder):
     """Write all pixels to folder/images.u8, those held out last, and the number of the others."""
+    folder.mkdir()
     need = len(faces) * 3 * faces.size**2 / 1e9
     free = shutil.disk_usage(folder).free / 1e9
     check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
