@@ -1,9 +1,9 @@
 """CSPup GAN: a generator of cross-stage-partial upsampling blocks, from noise to faces.
 
 At 128 px and width 1024, after 512,000 images (4.3 minutes on one H100, PyTorch 2.11), the recipe
-`converged` has a sliced Wasserstein distance of 11.6; the best of the course's five has 45.1, real
-faces have 8.8 (lower is better; one seed; results/full_size.json). At 64 px and width 128 it has
-16.9 +- 1.1 over three seeds, real faces 9.9 (results/table.json).
+`converged` has a sliced Wasserstein distance of 11.6; the best of the course's five recipes,
+`h3_smooth_tanh`, has 45.1, real faces have 8.8 (lower is better; one seed; results/full_size.json).
+At 64 px and width 128 it has 16.9 +- 1.1 over three seeds, real faces 9.9 (results/table.json).
 
     faces, held_out = load_faces("photos.zip", size=64)
     config = PRESETS["converged"].but(image_size=64, width=128)
@@ -51,6 +51,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 VERSION = "3.0"  # stored with every run
+# Two settings of the whole process:
 torch.set_flush_denormal(True)  # where D has won, a CPU is 100 times as slow with denormal numbers
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
@@ -93,7 +94,7 @@ class CSPup(nn.Module):
             nn.Conv2d(right, right, 1),
             inner_norm(right),
             act(),
-            nn.ConvTranspose2d(right, out_channels, kernel, stride, padding),
+            nn.ConvTranspose2d(right, out_channels, kernel, stride, padding),  # as drawn: no act
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
             inner_norm(out_channels),
             act(),
@@ -118,7 +119,8 @@ class Generator(nn.Module):
     "deconv_first": z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
     "cspup_last":   z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 128x128 -> 3x3, same size
 
-    image_size: a power of two from 16 up. width: channels at 4x4, halved with every doubling.
+    image_size: a power of two from 16 up; `Config` checks it. width: channels at 4x4, halved with
+    every doubling.
     act, norm: of the blocks, see `CSPup`. kernel: of the deconvolutions that double, 4 or 2.
     head: makes the last activation: nn.Tanh for [-1, 1], nn.Sigmoid or nn.ReLU for [0, 1].
     """
@@ -135,7 +137,7 @@ class Generator(nn.Module):
         head=nn.Sigmoid,
     ):
         super().__init__()
-        double = (kernel, 2, kernel // 2 - 1)
+        double = (kernel, 2, kernel // 2 - 1)  # 4, 2, 1 or 2, 2, 0
         last = {"cspup_first": double, "deconv_first": double, "cspup_last": (3, 1, 1)}[ladder]
         rungs = image_size.bit_length() - 3  # 4x4, 8x8, ... half of the image
         if ladder == "cspup_last":
@@ -152,7 +154,9 @@ class Generator(nn.Module):
     def forward(self, z):
         x = self.stem(z[:, :, None, None])  #                                   (N, width, 4, 4)
         x = self.blocks(x)  #                                          (N, C, S/2, S/2), or S, S
-        with torch.autocast(x.device.type, enabled=False):  # half precision is coarser than a pixel
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # bfloat16 is coarser than a pixel's steps
             return self.to_rgb(x.float())  #                                        (N, 3, S, S)
 
 
@@ -217,19 +221,20 @@ def init_dcgan(network, seed):
 
 
 def init_he(network, seed):
-    """He's (arXiv 1502.01852): activations keep their size from layer to layer; biases 0.
+    """He's (arXiv 1502.01852): what a layer makes is of the size of what it reads; biases 0.
 
-    The variance of a weight is gain / (products that are summed in one output). The gain is 2, for
-    half of what an activation is given is lost; of a deconvolution it is 1, for in CSPup no
-    activation follows it. The weights of `to_rgb` are a quarter of that, or pixels would saturate.
+    A weight's variance is gain / (products that are summed in one output). The gain is 2, for half
+    of what an activation is given is lost; of a deconvolution it is 1, for in CSPup no activation
+    follows it. A block adds two branches, so that without BatchNorm its sum is larger than its
+    input. The weights of `to_rgb` are a quarter of that, or pixels would saturate.
     """
     random = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             variance = 2 / (layer.in_channels * layer.kernel_size[0] ** 2)
             if isinstance(layer, nn.ConvTranspose2d):
-                overlap = layer.kernel_size[0] // layer.stride[0]  # inputs that meet in an output
-                if layer.padding[0] == 0:  # 1x1 opens to 4x4, or 2x2 beside 2x2: none meet
+                overlap = layer.kernel_size[0] // layer.stride[0]  # inputs that meet, by side
+                if layer.padding[0] == 0:  # none do where 1x1 opens to 4x4, or to 2x2
                     overlap = 1
                 variance = 1 / (layer.in_channels * overlap**2)
             nn.init.normal_(layer.weight, 0, math.sqrt(variance), generator=random)
@@ -249,11 +254,12 @@ class Loss:
     d: Callable  # (d_real, d_fake, smoothing) -> (); smoothing: real images' target is 1 minus this
     g: Callable  # (d_real, d_fake) -> ()
     g_needs_real: bool = True  # False: d_real is None in G's step, which saves a pass through D
-    # smoothing -> the logit of the best D where generated images are as real ones. None: not known.
-    fair_logit: Callable | None = None
+    fair_logit: Callable | None = (
+        None  # smoothing -> the best D's logit, if G is perfect; or unknown
+    )
 
     def equilibrium(self, smoothing=0.0):
-        """(D's loss, G's loss) where generated images are as real ones; None: not known."""
+        """(D's loss, G's loss) where generated images are as real ones, or None."""
         if self.fair_logit is None:
             return None
         logit = torch.tensor([self.fair_logit(smoothing)], dtype=torch.float64)  #          (1,)
@@ -263,13 +269,13 @@ class Loss:
 def bce(logits, target):
     """Mean binary cross-entropy of sigmoid(logits), (N,), and one target; ln 2 if D cannot tell.
 
-    This is the course's form. Below a logit of -28 its gradient is 0 in float32: G learns no more.
+    This is the course's form. Below a logit of -28 float32 loses its gradient by and by: at -41 a
+    millionth is left.
     """
     p = torch.sigmoid(logits)  #                                                            (N,)
+    # CUDA's function ends the process where it is given NaN, so NaN is hidden here ...
     loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
-    return (
-        loss + 0 * logits.sum()
-    )  # NaN again where there was one: given to CUDA, it ends the process
+    return loss + 0 * logits.sum()  # ... and put back
 
 
 def bce_logits(logits, target):
@@ -280,7 +286,7 @@ def bce_logits(logits, target):
 def relativistic(higher, lower):
     """Mean softplus(lower - higher) over pairs of logits, (N,) each; ln 2 where they are equal.
 
-    A shift of all logits changes nothing: D learns an order (arXiv 1807.00734, 2501.05441).
+    It does not change when all logits shift: D learns an order (arXiv 1807.00734, 2501.05441).
     """
     return F.softplus(lower - higher).mean()
 
@@ -330,13 +336,14 @@ class Precision:
     """What a network's passes are computed in: "float32", or "float16" or "bfloat16" by autocast.
 
     Gradients in float16 are scaled up, or the small ones would be 0. The scale is halved where
-    they overflow, and that step is left out. One object for each optimizer.
+    they overflow, and that step is left out; after 2,000 good steps it doubles. One object for each
+    optimizer. In float32 it does nothing, and its device does not matter.
     """
 
     def __init__(self, name="float32", device="cpu"):
         self.name = name
         self.device = device
-        # The usual first scale, 65,536, overflows in `d_step_linear`.
+        # Not the usual 65,536, at which the penalties' gradients overflow (`d_step_linear`).
         self.scaler = torch.amp.GradScaler(device, init_scale=256, enabled=name == "float16")
 
     def autocast(self):
@@ -356,7 +363,8 @@ def d_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
 
     real, fake: (N, 3, S, S). G is left alone. config: its loss, label_smoothing, r1 and r2. For
     "bce" this is Goodfellow's step (2014, algorithm 1).
-    Returns detached numbers: L_D, the mean logits on real and on fake, the sum of the penalties.
+    `converged` takes the same step by other arithmetic: `d_step_linear`, at the end of this file.
+    Returns (4,), detached: L_D, the mean logits on real and on fake, the sum of the penalties.
     """
     loss = LOSSES[config.loss]
     discriminator.train().requires_grad_(True)
@@ -415,7 +423,8 @@ CHOICES = {  # the legal values of fields that are not any number; an entry in a
     "init": INITS,
     "loss": LOSSES,
 }
-LEAST = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1}  # else 0
+# Least and most of the other fields' numbers, where it is not 0 and 10**12.
+LEAST = {"z_dim": 2, "width": 2, "d_wider": 1, "batch_size": 2, "epochs": 1, "d_every": 1}
 MOST = {"lr_end": 1, "label_smoothing": 0.99, "beta1": 0.9999, "beta2": 0.999999, "seed": 2**14 - 1}
 
 
@@ -425,7 +434,7 @@ class Config:
 
     image_size: int = 128  # pixels a side: 16, 32, 64, 128 or 256
     head: str = "sigmoid"  # G's last activation: "tanh" ([-1, 1]), "sigmoid" or "relu" ([0, 1])
-    flip: bool = False  # every second real image, at random, is mirrored
+    flip: bool = False  # each real image is mirrored with probability 1/2
     generator: str = "cspup"  # "cspup", or "dcgan" as the control
     z_dim: int = 100  # numbers in one noise vector, each drawn from N(0, 1)
     width: int = 1024  # channels at 4x4 of G and D; halved with every doubling of the resolution
@@ -438,7 +447,7 @@ class Config:
     d_fewer: int = 0  # stride-2 convolutions left out of D, the deepest first
     init: str = "dcgan"  # weights N(0, 0.02^2), or "he": activations keep their size
     loss: str = "bce"  # "bce" (after a sigmoid, as the course has it), "bce_logits", "relativistic"
-    label_smoothing: float = 0.0  # D's target for real images is 1 minus this; not "relativistic"
+    label_smoothing: float = 0.0  # D's target for real images is 1 minus this; only of the two bce
     r1: float = 0.0  # weight gamma of the penalty gamma/2 |grad D|^2 at real images
     r2: float = 0.0  # the same at generated images
     batch_size: int = 128  # images in one step
@@ -446,28 +455,30 @@ class Config:
     epoch_images: int = 0  # images that count as one epoch; 0: as many as there are
     lr_g: float = 2e-4  # Adam's step size for G
     lr_d: float = 2e-4  # Adam's step size for D
-    lr_width: int = 0  # width at which the rates were found, see `adam`; 0: they hold at every one
+    lr_width: int = 0  # width at which the rates were found, see `adam`; 0: no width rule
     lr_end: float = 1.0  # the rates fall on a half cosine to this share of themselves; 1: they stay
     beta1: float = 0.5  # Adam; 0.5 as in DCGAN, 0.9 is PyTorch's default
     beta2: float = 0.999
     weight_decay: float = 0.0  # L2 on both networks, added to the gradient as Adam does
-    ema_images: int = 0  # half-life, in images, of a running mean of G, which is then kept; 0: none
+    ema_images: int = (
+        0  # half-life, in images, of a running mean of G, which makes the samples; 0: none
+    )
     d_every: int = 1  # D learns in every d_every-th step, G in every one
     seed: int = 0  # 4 seed + 0 and 1 are the seeds of weights, + 2 of noise, + 3 of data order
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, plain = getattr(self, field.name), type(field.default)
+            value, kind = getattr(self, field.name), type(field.default)
             if field.name in CHOICES:
                 legal = list(CHOICES[field.name])
                 check(value in legal, f"{field.name}={value!r}: expected one of {legal}")
             else:
                 low, high = LEAST.get(field.name, 0), MOST.get(field.name, 10**12)
                 is_legal = isinstance(value, numbers.Real) and low <= value <= high
-                is_legal = is_legal and plain(value) == value  # 2.5 is no whole number
-                expected = f"expected {plain.__name__} from {low} to {high}"
+                is_legal = is_legal and kind(value) == value  # 2.5 is no whole number
+                expected = f"expected {kind.__name__} from {low} to {high}"
                 check(is_legal, f"{field.name}={value!r}: {expected}")
-            object.__setattr__(self, field.name, plain(value))  # NumPy's numbers are taken
+            object.__setattr__(self, field.name, kind(value))  # NumPy's numbers are taken
         most = self.image_size.bit_length() - 4  # one convolution stays
         check(self.d_fewer <= most, f"d_fewer={self.d_fewer}: expected int from 0 to {most}")
         is_epoch = self.epoch_images == 0 or self.epoch_images >= self.batch_size
@@ -582,7 +593,7 @@ def make_discriminator(config: Config) -> nn.Module:
 
 def reads_input(name, layer):
     """Whether a layer of G or D reads z or RGB, so that its fan-in does not grow with the width."""
-    if name.startswith("stem"):  # in a CSPup the 3x3 convolutions read what the others made
+    if name.startswith("stem"):  # where a CSPup's 3x3 convolutions read `width` channels
         return layer.kernel_size != (3, 3)
     return name == "features.0"
 
@@ -600,7 +611,8 @@ def adam(network, config, lr):
             (slow if grows else full).append(weight)
     slower = config.lr_width / config.width if config.lr_width else 1.0
     groups = [{"params": full, "full_lr": lr}, {"params": slow, "full_lr": lr * slower}]
-    betas = (config.beta1, config.beta2)  # and `Training.set_rates` makes lr of full_lr
+    betas = (config.beta1, config.beta2)
+    # Its lr stands for nothing: `Training.set_rates` sets each group's from full_lr before a step.
     return torch.optim.Adam(groups, lr, betas, weight_decay=config.weight_decay, fused=True)
 
 
@@ -630,9 +642,11 @@ def update_ema(average, network, config, step):
 
 
 class Training:
-    """All that the next step depends on, and that step. `state_dict` keeps it, bit for bit.
+    """All that the next step depends on, and that step.
 
-    images: uint8 (N, 3, S, S). precision: of both networks, see `Precision`.
+    images: uint8 (N, 3, S, S). precision: of both networks, see `Precision`. With equal arguments
+    and what `state_dict` gave, a training goes on as if it had never been stopped.
+    A turn is one pass through all images; an epoch is a number of images, as the config has it.
     """
 
     def __init__(self, config, images, device, precision="float32"):
@@ -653,9 +667,9 @@ class Training:
         self.precision_d = Precision(precision, device.type)
         self.d_step = None  # chosen in the first step, see `choose_d_step`
         self.d_stats = torch.zeros(4, device=device)  # of D's latest step
-        self.noise = torch.Generator().manual_seed(4 * config.seed + 2)
-        self.turn = None  # how often all images were seen
-        self.order = None  # of the images in this turn, (N,)
+        self.noise = torch.Generator(device).manual_seed(4 * config.seed + 2)
+        self.turn = None  # the number of the turn whose order is known
+        self.order = None  # of the images in that turn, (N,)
         self.step = 0
         self.epoch_steps = (config.epoch_images or len(images)) // config.batch_size
         self.steps = config.epochs * self.epoch_steps
@@ -670,17 +684,18 @@ class Training:
         n = config.batch_size
         turn, k = divmod(self.step, len(self.images) // n)
         if turn != self.turn:  # all images are seen again, in another order
-            random = torch.Generator().manual_seed((turn << 16) + 4 * config.seed + 3)
+            seed = 4 * config.seed + 3  # at most 16 bits, see MOST
+            random = torch.Generator().manual_seed((turn << 16) + seed)
             order = torch.randperm(len(self.images), generator=random)  #                   (N,)
             self.order = order.to(self.images.device)
             self.turn = turn
         real = self.images[self.order[k * n : (k + 1) * n]].to(self.device)
         real = to_network(real, config).contiguous(memory_format=torch.channels_last)
         if config.flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=self.noise) < 0.5
-            real = torch.where(mirrored.to(self.device), real.flip(3), real)
-        z = torch.randn(n, config.z_dim, generator=self.noise)
-        return real, z.to(self.device)
+            coin = torch.rand(n, 1, 1, 1, generator=self.noise, device=self.device)
+            real = torch.where(coin < 0.5, real.flip(3), real)
+        z = torch.randn(n, config.z_dim, generator=self.noise, device=self.device)
+        return real, z
 
     def set_rates(self):
         """The rates fall on a half cosine, from what they are to lr_end of that."""
@@ -689,7 +704,7 @@ class Training:
             group["lr"] = group["full_lr"] * (1 - (1 - self.config.lr_end) * fall)
 
     def advance(self):
-        """A step of D and one of G, on the same images and noise, without waiting for a GPU."""
+        """A step of D, where it is its turn, and one of G, on the same images and noise."""
         config = self.config
         self.set_rates()
         real, z = self.next_batch()
@@ -708,9 +723,10 @@ class Training:
             update_ema(self.kept, self.generator, config, self.step)
 
     def record(self):
-        """Add the means since the last record to the history. The only wait for a GPU.
+        """Add the means over the steps since the last record to the history.
 
-        A step that is not finite does not count, as float16 leaves it out; nan if all are such.
+        Steps that are not finite are left out, as float16 skips some; nan if all are. A GPU is
+        waited for here alone.
         """
         means = [x[x.isfinite()].mean().item() for x in torch.stack(self.recent).T]
         self.recent.clear()
@@ -730,7 +746,7 @@ class Training:
         record["grad_d"] = gradient_size(self.discriminator, real[:64].to(self.device), self.config)
         found = on_epoch(run) if on_epoch else None
         record.update({name: float(value) for name, value in (found or {}).items()})
-        self.started += time.monotonic() - began  # looking is not training
+        self.started += time.monotonic() - began  # so that `seconds` leaves this out
 
     def state_dict(self):
         """What a checkpoint holds. The rest is made anew from the same arguments."""
@@ -759,7 +775,8 @@ class Training:
             getattr(self, name).load_state_dict(state[name])
         self.precision_g.scaler.load_state_dict(state["scaler_g"])
         self.precision_d.scaler.load_state_dict(state["scaler_d"])
-        self.noise.set_state(state["noise"])
+        if state["noise"].shape == self.noise.get_state().shape:  # else of another kind of device
+            self.noise.set_state(state["noise"])
         self.d_stats = state["d_stats"].to(self.device)
         self.recent = [stats.to(self.device) for stats in state["recent"]]
         for name in ("environment", "step", "history", "snapshots"):
@@ -778,23 +795,25 @@ def gradient_size(discriminator, real, config):
 def choose_precision(config, images, device):
     """On a GPU half precision: float16 below compute capability 8, bfloat16 from there on.
 
-    float32 on a CPU; where a D with BatchNorm is penalised, for nobody has tried a double backward
-    in float16; and where the losses of four steps differ by more than a tenth, which is said.
+    float32 - on a CPU;
+            - where a penalty needs a double backward, which nobody has tried in float16;
+            - where the losses of four steps differ by 0.1 and a tenth; that is printed.
     """
-    if device.type != "cuda" or (config.d_norm and config.r1 + config.r2 > 0):
+    if device.type != "cuda":
+        return "float32"
+    if config.r1 + config.r2 > 0 and not linear_layers(make_discriminator(config)):
         return "float32"
     is_new = torch.cuda.get_device_capability(device) >= (8, 0)
     half = "bfloat16" if is_new else "float16"
-    losses = []
+    losses = {}
     for precision in (half, "float32"):
         training = Training(config, images, device, precision)
         for _ in range(4):
             training.advance()
-        training.record()
-        losses.append([training.history[-1][name] for name in ("d_loss", "g_loss")])
-    if np.allclose(*losses, rtol=0.1, atol=0.1):  # false where one is nan
+        losses[precision] = torch.stack(training.recent)[:, [0, -1]].mean(0).tolist()
+    if np.allclose(losses[half], losses["float32"], rtol=0.1, atol=0.1):  # false where one is nan
         return half
-    print(f"{config.label()}: it trains in float32, for D's and G's losses in {half} are {losses}")
+    print(f"{config.label()}: it trains in float32, for D's and G's losses differ: {losses}")
     return "float32"
 
 
@@ -810,18 +829,18 @@ def train(
     """Train one generator on images, uint8 (N, 3, S, S).
 
     run_dir: where the run lives, in run.pt. A finished one is loaded, and that is said; a stopped
-    one goes on, bit for bit on a CPU; that of another config or of other images is refused with
-    the differences. More epochs can be asked for where the rates do not fall.
+    one goes on, bit for bit on a CPU. A run of another config or of other images is refused, with
+    the differences. More epochs can be asked for where the rates do not fall. None: not saved.
     on_epoch: a function of the run; the dictionary of numbers that it returns is recorded.
     time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
     and then do what they always do. save_every: seconds that a crash may cost.
 
     The history has about 200 records, each the means over the steps since the one before: step,
-    epoch, images, seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits). That of an
-    epoch's end also has diversity (of 256 samples; near 0 is collapse), grad_d (`gradient_size`)
+    epoch, images, seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits). The record at
+    an epoch's end also has diversity (of 256 samples; near 0 is collapse), grad_d (`gradient_size`)
     and what on_epoch found.
     """
-    folder = run_dir and Path(run_dir).expanduser()
+    folder = Path(run_dir).expanduser() if run_dir is not None else None
     name = folder or config.label()
     training = open_training(config, images, folder)
     run = Run(config, training.history, training.kept, training.snapshots, training.environment)
@@ -847,7 +866,7 @@ def train(
             if time.monotonic() - saved > save_every:
                 save(training, folder)
                 saved = time.monotonic()
-        save(training, folder)
+        run.stopped = save(training, folder) or run.stopped
     if run.stopped:
         print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped}).")
     raise_again(signals)
@@ -856,9 +875,11 @@ def train(
 
 def reason_to_stop(training, signals, deadline):
     """Why a training cannot or must not go on, or ""."""
-    for record in training.history[-1:]:
-        if not math.isfinite(record["d_loss"] + record["g_loss"]):
-            return f"not finite: D's loss {record['d_loss']}, G's {record['g_loss']}"
+    losses = (
+        [training.history[-1][name] for name in ("d_loss", "g_loss")] if training.history else []
+    )
+    if not np.isfinite(losses).all():
+        return f"not finite: losses of D and G {losses}"
     if training.step == training.steps:
         return ""
     if signals:
@@ -907,14 +928,14 @@ def open_training(config, images, folder):
         return Training(config, images, device, choose_precision(config, images, device))
     there = state["identity"]
     if config.lr_end == 1 and there["epochs"] < config.epochs:  # a constant rate knows of no end
-        there["epochs"] = config.epochs
+        there["epochs"] = config.epochs  # as if it had been asked for as many
     differences = {
         name: (there.get(name), value)
         for name, value in identity.items()
         if there.get(name) != value
     }
-    other = f"{folder} holds another run, (there, here) {differences}: take another run_dir"
-    check(not differences, other)
+    message = f"{folder} holds another run, (there, here) {differences}: take another run_dir"
+    check(not differences, message)
     training = Training(config, images, device, state["environment"]["precision"])
     training.load_state_dict(state)
     print(f"{folder} [{config.label()}]: loaded at step {training.step}, {training.environment}")
@@ -930,7 +951,7 @@ def read_checkpoint(folder):
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # it cannot be read now, which says nothing of what it holds
+    except (OSError, MemoryError):  # it cannot be read now, which says nothing of what it holds
         raise
     except Exception as error:  # whatever a damaged file raises
         path.replace(folder / "run.pt.damaged")
@@ -939,40 +960,49 @@ def read_checkpoint(folder):
 
 
 def identify(config, images):
-    """What equal runs have in common: version, config, the images' shape and content."""
+    """What equal runs have in common: version, config, the images' shape, a hash of some."""
     size, n = config.image_size, config.batch_size
-    found = [getattr(images, "dtype", type(images)), *getattr(images, "shape", [images])]
-    is_legal = found[0] == torch.uint8 and found[2:] == [3, size, size] and found[1] >= n
-    expected = f"expected [torch.uint8, {n} or more, 3, {size}, {size}], see load_faces"
-    check(is_legal, f"images are {found!s:.90}: {expected}")
+    dtype, shape = getattr(images, "dtype", type(images)), getattr(images, "shape", images)
+    is_legal = dtype == torch.uint8 and shape[1:] == (3, size, size) and len(images) >= n
+    expected = f"expected torch.uint8 (N, 3, {size}, {size}), N at least batch_size={n}"
+    check(is_legal, f"images are {dtype} {shape!s:.80}: {expected}, see load_faces")
     some = images[:: max(1, len(images) // 256)].cpu().contiguous().numpy()
     data = f"{tuple(images.shape)} {hashlib.sha1(some.tobytes()).hexdigest()[:8]}"
     return {"version": VERSION, **dataclasses.asdict(config), "data": data}
 
 
 def save(training, folder):
-    """Write folder/run.pt, unless weights are not finite. A full disk is said; the run goes on."""
+    """Write folder/run.pt. Returns, and prints, why it could not be, or "": the run goes on."""
     weights = [*training.generator.parameters(), *training.discriminator.parameters()]
     if folder is None or not all(weight.isfinite().all() for weight in weights):
-        return
+        return ""  # the last good file stays
     part = folder / f"run.pt.part{os.getpid()}"
     try:
         torch.save(training.state_dict(), part)
         part.replace(folder / "run.pt")  # whoever reads sees the old file or the new, never half
     except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
-        print(f"step {training.step}: {folder}/run.pt cannot be written ({describe(error)}).")
         part.unlink(missing_ok=True)
+        reason = f"step {training.step} is not saved in {folder}: {describe(error)}"
+        print(reason)
+        return reason
+    return ""
 
 
 def load_run(folder: str | Path) -> Run:
-    """The run in a folder, without its images: run.pt, or run.pt.gz, whose weights are in int8."""
-    path = Path(folder).expanduser() / "run.pt"
-    small = path.with_name("run.pt.gz")
-    file = io.BytesIO(gzip.decompress(small.read_bytes())) if small.exists() else path
+    """The run in a folder, without its images.
+
+    From run.pt, or else from a run.pt.gz, as scripts/full_size.py makes of one: its weights are
+    pairs of int8 steps and their size.
+    """
+    file = Path(folder).expanduser() / "run.pt"
+    if not file.exists():
+        small = file.with_name("run.pt.gz")
+        check(small.exists(), f"{file}: no run. Train one: train(config, images, {str(folder)!r})")
+        file = io.BytesIO(gzip.decompress(small.read_bytes()))
     state = torch.load(file, map_location="cpu", weights_only=True)
     config = Config(**{name: state["identity"][name] for name in vars(BASELINE)})
     for name, weight in state["kept"].items():
-        if isinstance(weight, tuple):  # (int8, scale)
+        if isinstance(weight, tuple):
             state["kept"][name] = weight[0] * weight[1]
     generator = make_generator(config)
     generator.load_state_dict(state["kept"])
@@ -1002,21 +1032,25 @@ def train_all(
     """Train many runs side by side. The same call goes on where it was stopped.
 
     jobs: (config, folder) each. source: of their images, see `load_faces`. executor: any of
-    concurrent.futures' kind, as Dask's, MPI's or submitit's; None: a process for each GPU, or for
-    each CPU core with one thread. A script then needs `if __name__ == "__main__":`.
+    concurrent.futures' kind, as Dask's or mpi4py's; None: a process for each GPU, or for each CPU
+    core with one thread. A script then needs `if __name__ == "__main__":`.
     measured_on: `watch` measures on so many held-out images. time_budget: hours, for all together.
-    Returns {folder: why it is not finished}. What fails costs no other run; a worker that dies
-    takes the runs in progress with it. Ctrl-C and SIGTERM save all, where the processes are ours.
+    Returns {folder: why it is not finished}. What fails costs no other run. With a worker that dies
+    end those in progress, which are saved, and those that wait. Ctrl-C and SIGTERM save all and
+    raise KeyboardInterrupt, where the processes are ours.
     """
-    for folder, n in Counter(str(folder) for _, folder in jobs).items():
+    for folder, n in Counter(Path(folder).expanduser().resolve() for _, folder in jobs).items():
         check(n == 1, f"{folder} is the folder of {n} runs: expected one for each")
     for size in {config.image_size for config, _ in jobs if source}:
         load_faces(source, size)  # decoded once, not by each of the processes
-    about = (source, measured_on, time.time() + 3600 * time_budget)
+    deadline = time.time() + 3600 * time_budget
     reasons = {}
     pool = worker_processes() if executor is None else contextlib.nullcontext(executor)
-    with pool as executor, stop_signals() as signals, progress_bar(len(jobs), "runs") as bar:
-        folders = {executor.submit(train_job, *job, *about): str(job[1]) for job in jobs}
+    with pool as workers, stop_signals() as signals, progress_bar(len(jobs), "runs") as bar:
+        folders = {}
+        for config, folder in jobs:
+            future = workers.submit(train_job, config, folder, source, measured_on, deadline)
+            folders[future] = str(folder)
         waiting = set(folders)
         while waiting and not signals:
             done, waiting = futures.wait(waiting, 0.5, futures.FIRST_COMPLETED)
@@ -1091,7 +1125,8 @@ def stop_signals():
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in `begin_worker`
+                before[number] = signal.signal(number, note)
     try:
         yield arrived
     finally:
@@ -1100,9 +1135,9 @@ def stop_signals():
 
 
 def raise_again(signals):
-    """Let the first signal do what it does without us; the handlers are the caller's again."""
-    for number in signals[:1]:
-        signal.raise_signal(number)
+    """Let a signal do what it does without us; the handlers are the caller's again."""
+    if signals:
+        signal.raise_signal(max(signals))  # SIGTERM, if both came
 
 
 def progress_bar(total, name, show=True):
@@ -1163,12 +1198,12 @@ class Faces(torch.utils.data.Dataset):
         known = self.is_zip or self.source.is_dir()
         check(known, f"{self.source}: no folder, and no zip that is whole. {HOW_TO_GET_FACES}")
         open_zip.cache_clear()  # another zip may lie there by now
-        self.states = {}  # of each image file: it has another where its content has changed
+        self.states = {}  # of each image file, size and time or checksum: another if it was changed
         self.passed_over = Counter()
         list_files = files_in_zip if self.is_zip else files_in_folder
         for name, state in list_files(self.source):
             kind = os.path.splitext(name)[1].lower()
-            if "/." in f"/{name}" or "__MACOSX" in name:  # nobody put it there on purpose
+            if "/." in f"/{name}" or "__MACOSX" in name:  # hidden files, and macOS's
                 continue
             if kind in ENDINGS.split():
                 self.states[name] = state
@@ -1181,20 +1216,24 @@ class Faces(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         name = self.names[i]
-        if self.is_zip:
-            data = open_zip(self.source, os.getpid()).read(name)
-        else:
-            data = (self.source / name).read_bytes()
+        data = None
         try:
+            if self.is_zip:
+                data = open_zip(self.source, os.getpid()).read(name)
+            else:
+                data = (self.source / name).read_bytes()
             return torch.from_numpy(decode_image(data, self.size))  #            (3, size, size)
         except Exception as error:  # whatever a damaged file raises
-            why = describe(error).split(" <_io")[0]
-            raise ValueError(f"{name} is damaged ({why}), it begins with {data[:24]!r}") from error
+            if data is None and isinstance(error, OSError):
+                raise
+            why = describe(error).split(" <_io")[0]  # Pillow names its buffer's address
+            start = (data or b"")[:24]
+            raise ValueError(f"{name} is damaged ({why}), it begins with {start}") from error
 
 
 @functools.lru_cache(4)
 def open_zip(path, process):
-    """An open zip. Not across forks: they would share one position in the file."""
+    """An open zip, one for each process: a DataLoader's forks would share its position."""
     return zipfile.ZipFile(path)
 
 
@@ -1207,12 +1246,16 @@ def files_in_zip(path):
 
 def files_in_folder(folder):
     """(name, state) of all files below it, but for links."""
-    for top, _, names in os.walk(folder):
+    for top, _, names in os.walk(folder, onerror=raise_it):
         for name in names:
             path = os.path.join(top, name)
             if not os.path.islink(path):
                 stat = os.stat(path)
                 yield os.path.relpath(path, folder), (stat.st_size, stat.st_mtime_ns)
+
+
+def raise_it(error):
+    raise error
 
 
 def decode_image(data, size):
@@ -1238,14 +1281,16 @@ def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") 
     Says what was taken, with its count by folder, and what else is there. None: nothing is.
     """
     asked = os.environ.get("CSPGAN_DATA")
+    if asked:
+        faces = Faces(asked, SIZES[0])  # or its error: nothing takes the place of this
+        print("Taken:", what_is_in(faces))
+        return faces.source
     celeba = sorted(Path(kaggle).rglob("img_align_celeba*"))[:1]
     zips = sorted(Path(data).rglob("*.zip"))
-    found = []
-    for place in [asked] if asked else [*celeba, Path(data), *zips]:
-        if asked or place.is_dir() or zipfile.is_zipfile(place):
-            found.append(Faces(place, SIZES[0]))  # one that was asked for is there, or an error
+    places = [place for place in (*celeba, Path(data), *zips) if place.exists()]
+    found = [Faces(place, SIZES[0]) for place in places]
     found.sort(key=lambda faces: not faces.names)  # what has images first
-    if asked or (found and found[0].names):
+    if found and found[0].names:
         print("Taken:", what_is_in(found[0]))
         for faces in found[1:]:
             print("Not taken:", what_is_in(faces))
@@ -1279,15 +1324,19 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
         return images[~held], images[held]
     faces = Faces(source, size)
     check(faces.names, f"{what_is_in(faces)}. {HOW_TO_GET_FACES}")
-    state = hashlib.sha1(repr((faces.states, "decoder 4")).encode()).hexdigest()[:12]
+    state = repr((sorted(faces.states.items()), "decoder 4"))
+    state = hashlib.sha1(state.encode()).hexdigest()[:12]
     cache = Path(cache_dir).expanduser() / f"{faces.source.stem}-{size}px-{state}"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
             whole = Path(folder, "whole")
             decode_all(faces, whole)
-            with contextlib.suppress(OSError):  # another process was faster
+            try:
                 whole.rename(cache)
+            except OSError:
+                if not cache.exists():  # else another process was faster
+                    raise
     pixels = np.memmap(cache / "images.u8", np.uint8, mode="r")
     with warnings.catch_warnings(action="ignore"):  # that it must not be written to
         images = torch.from_numpy(pixels).view(-1, 3, faces.size, faces.size)
@@ -1298,7 +1347,7 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
 def decode_all(faces, folder):
     """Write all pixels to folder/images.u8, those held out last, and the number of the others."""
     folder.mkdir()
-    need = len(faces) * 3 * faces.size**2 / 1e9
+    need = 1.1 * len(faces) * 3 * faces.size**2 / 1e9  # a tenth is written twice
     free = shutil.disk_usage(folder).free / 1e9
     check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
     print("Decoding", what_is_in(faces))
@@ -1310,7 +1359,8 @@ def decode_all(faces, folder):
                 damaged.append(str(pixels))
                 continue
             hashes.append(content_hash(pixels))
-            if name[-10:] >= "182638.jpg" if is_celeba else hashes[-1] < 0.1:
+            is_held_out = name[-10:] >= "182638.jpg" if is_celeba else hashes[-1] < 0.1
+            if is_held_out:
                 held_file.write(pixels)
             else:
                 file.write(pixels)
@@ -1443,8 +1493,8 @@ def thumbnails(images):
 def nearest(images: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """(distance, index), (N,) each, of an image's k-th nearest one of `among`.
 
-    Not itself, where both are one tensor. Distance: root mean square of pixels in [0, 1], at 16 px;
-    of a copy exactly 0.
+    Not itself, where both are one tensor. Distance: root mean square of pixels in [0, 1], at 16 px.
+    Of a copy it is exactly 0: means of bytes over a power of two are exact in doubles.
     """
     a = thumbnails(images)  #                                                           (N, 768)
     b = thumbnails(among)  #                                                            (M, 768)
@@ -1470,7 +1520,7 @@ def diversity(real: Tensor, fake: Tensor) -> float:
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """Share of real images with a fake one nearer than their k-th real one (arXiv 2002.09797).
+    """Share of real images with a fake one no farther than their k-th real one (arXiv 2002.09797).
 
     real: uint8 (N, 3, S, S), fake: (M, 3, S, S). Higher is better; real against real reads 0.97.
     """
@@ -1503,6 +1553,7 @@ def evaluate(run: Run, held_out: Tensor, others: Tensor, n: int = 1024, seed: in
     Their reference, what the metrics read on n other real images, stands beside: swd_floor,
     coverage_real, diversity_real. n: at most as many as there are.
     """
+    check(run.history, f"nothing of this run was trained ({run.stopped}): call train again")
     n = min(n, len(held_out), len(others))
     real = pick(held_out, n, seed)
     last = run.history[-1]
@@ -1556,7 +1607,7 @@ def plot_losses(run: Run, title: str = "losses") -> Figure:
     plot_history(logits, run, "D's mean logit", d_real="real images", d_fake="generated images")
     plot_history(alarm, run, "diversity (real: 1; red: collapse)", diversity="256 samples")
     fair = LOSSES[run.config.loss].equilibrium(run.config.label_smoothing)
-    for level, line in zip(fair or (), losses.lines):
+    for level, line in zip(fair or (), list(losses.lines)):
         losses.axhline(level, color=line.get_color(), ls="--")  # where it should come to
     alarm.axhline(1, ls="--")
     alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
@@ -1566,8 +1617,9 @@ def plot_losses(run: Run, title: str = "losses") -> Figure:
 def plot_history(ax, run, title, **labels):
     """Numbers of the history, each with its label, over the images seen."""
     for name, label in labels.items():
-        points = [(record["images"], record[name]) for record in run.history if name in record]
-        ax.plot(*zip(*points), label=label)
+        records = [record for record in run.history if name in record]
+        images = [record["images"] for record in records]
+        ax.plot(images, [record[name] for record in records], label=label)
     ax.set(title=title, xlabel="images seen")
     ax.legend()
 
@@ -1587,14 +1639,15 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
 
     A D of convolutions and LeakyReLU is linear between its kinks: D(x) = <v, x> + b, where v is
     grad_x D(x). Let x_k be what enters convolution k when x goes through D; v_k the same for v, at
-    the kinks of x and without biases; s_k the gradient of D(x) by what convolution k returns. The
-    gradient of its weights is
+    the kinks of x and without biases; s_k the gradient of D(x) by what convolution k gives; and w
+    the gradient of the loss by the logit D(x). Then the gradient by the weights W_k is
 
-        s_k times dL/dD(x) x_k   for the loss,
-        s_k times gamma v_k      for the penalty gamma/2 |v|^2, as a kink has no second derivative.
+        s_k (outer) w x_k        of the loss,
+        s_k (outer) gamma v_k    of the penalty gamma/2 |v|^2, as a kink has no second derivative.
 
-    Both are linear in what goes through D, so u = dL/dD(x) x + gamma v goes once, with biases times
-    dL/dD(x). Passes: x; back, for v and s; u; back, for the weights.
+    Both are linear in what goes through D. So u_0 = w x + gamma v goes through once, with biases
+    times w:  u_{k+1} = kinks(W_k u_k + w b_k),  and  dW_k = s_k (outer) u_k,  db_k = w s_k.
+    Passes: x; back, for v and s; u; back, for the weights.
     """
     layers = linear_layers(discriminator)
     check(layers, "d_step_linear: expected a D of nn.Conv2d and nn.LeakyReLU alone; use d_step")
@@ -1611,27 +1664,26 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     logits = passed[-1].flatten().float()  #                                               (2n,)
     v, *slopes = torch.autograd.grad(logits.sum(), passed)  #                  as `passed`, each
 
-    # the loss, and its gradient by each logit
+    # the loss, and w, its gradient by each logit
     logits = logits.detach().requires_grad_()  #                                           (2n,)
     d_real, d_fake = logits.chunk(2)  #                                              (n,), twice
     d_loss = LOSSES[config.loss].d(d_real, d_fake, config.label_smoothing)  #                 ()
-    (weight,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #             (2n,)
-    weight = weight.view(-1, 1, 1, 1)  #                                           (2n, 1, 1, 1)
-    gamma = torch.empty_like(weight)  #                                            (2n, 1, 1, 1)
+    (w,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #                  (2n,)
+    w = w.view(-1, 1, 1, 1)  #                                                     (2n, 1, 1, 1)
+    gamma = torch.empty_like(w)  #                                                 (2n, 1, 1, 1)
     gamma[:n] = config.r1 / n
     gamma[n:] = config.r2 / n
 
-    # u through D, at the kinks of x, and back from each convolution
-    u = torch.addcmul(
-        precision.scaler.scale(gamma) * v, weight, x.detach()
-    )  #                 (2n, 3, S, S)
+    # u through D, at the kinks of x, and back from each convolution; slope: by what it gives
+    scaled_gamma = precision.scaler.scale(gamma)
+    u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                          (2n, 3, S, S)
     for layer, before, slope in zip(layers, passed, slopes):
         if isinstance(layer, nn.LeakyReLU):
             u = torch.where(before > 0, u, layer.negative_slope * u)  #            (2n, c, s, s)
             continue
         with precision.autocast():
             u = F.conv2d(u.detach(), layer.weight, None, layer.stride, layer.padding)
-        u = u + weight * layer.bias.view(-1, 1, 1)  #                              (2n, c, s, s)
+        u = u + w * layer.bias.view(-1, 1, 1)  #                                   (2n, c, s, s)
         u.backward(slope)
     precision.step(optimizer)
 
@@ -1647,19 +1699,21 @@ def choose_d_step(discriminator, real, fake, config):
     """
     if config.r1 + config.r2 == 0:
         return d_step
-    difference = math.inf  # where a layer is not known
-    if linear_layers(discriminator):
-        exact = gradient_of(d_step, discriminator, real[:16], fake[:16], config)
-        found = gradient_of(d_step_linear, discriminator, real[:16], fake[:16], config)
-        difference = (found - exact).norm() / exact.norm()
+    if not linear_layers(discriminator):
+        print("Penalties by a double backward: D has layers other than Conv2d and LeakyReLU.")
+        return d_step
+    exact = gradient_of(d_step, discriminator, real[:16], fake[:16], config)
+    found = gradient_of(d_step_linear, discriminator, real[:16], fake[:16], config)
+    difference = ((found - exact).norm() / exact.norm()).item()
     if difference < 1e-3:
         return d_step_linear
-    print(f"Penalties by a double backward: the linear form is off by {difference:.2g} for this D.")
+    print(f"Penalties by a double backward: the linear form is off by {difference:.1%} for this D.")
     return d_step
 
 
 def gradient_of(step, discriminator, real, fake, config):
     """The gradient of all weights that a step of D takes, as one vector."""
     twin = copy.deepcopy(discriminator)
-    step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), real, fake, config)
+    with torch.backends.cudnn.flags(enabled=False):  # its TF32 is off by about as much
+        step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), real, fake, config)
     return torch.cat([weight.grad.flatten() for weight in twin.parameters()])
