@@ -104,8 +104,8 @@ class CSPup(nn.Module):
 
     def forward(self, x):
         half = x.shape[1] // 2
-        left = self.left(x[:, :half])  #                                        (N, out, 2H, 2W)
-        right = self.right(x[:, half:])  #                                      (N, out, 2H, 2W)
+        left = self.left(x[:, :half])  #                                            (N, out, 2H, 2W)
+        right = self.right(x[:, half:])  #                                          (N, out, 2H, 2W)
         return left + right
 
 
@@ -152,12 +152,10 @@ class Generator(nn.Module):
         self.to_rgb = nn.Sequential(nn.ConvTranspose2d(channels[-1], 3, *last), head())
 
     def forward(self, z):
-        x = self.stem(z[:, :, None, None])  #                                   (N, width, 4, 4)
-        x = self.blocks(x)  #                                          (N, C, S/2, S/2), or S, S
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # bfloat16 is coarser than a pixel's steps
-            return self.to_rgb(x.float())  #                                        (N, 3, S, S)
+        x = self.stem(z[:, :, None, None])  #                                       (N, width, 4, 4)
+        x = self.blocks(x)  #                                              (N, C, S/2, S/2), or S, S
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is coarser than a pixel
+            return self.to_rgb(x.float())  #                                            (N, 3, S, S)
 
 
 class DCGANGenerator(nn.Module):
@@ -176,10 +174,10 @@ class DCGANGenerator(nn.Module):
         return nn.Sequential(deconv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
 
     def forward(self, z):
-        x = self.stem(z[:, :, None, None])  #                                   (N, width, 4, 4)
-        x = self.blocks(x)  #                                                   (N, C, S/2, S/2)
+        x = self.stem(z[:, :, None, None])  #                                       (N, width, 4, 4)
+        x = self.blocks(x)  #                                                       (N, C, S/2, S/2)
         with torch.autocast(x.device.type, enabled=False):  # as in `Generator`
-            return self.to_rgb(x.float())  #                                        (N, 3, S, S)
+            return self.to_rgb(x.float())  #                                            (N, 3, S, S)
 
 
 class Discriminator(nn.Module):
@@ -204,8 +202,8 @@ class Discriminator(nn.Module):
         self.to_logit = nn.Conv2d(channels[-1], 1, image_size >> len(channels))
 
     def forward(self, x):
-        x = self.features(x)  #                                                     (N, C, s, s)
-        return self.to_logit(x).flatten().float()  #                                        (N,)
+        x = self.features(x)  #                                                         (N, C, s, s)
+        return self.to_logit(x).flatten().float()  #                                            (N,)
 
 
 def init_dcgan(network, seed):
@@ -262,7 +260,7 @@ class Loss:
         """(D's loss, G's loss) where generated images are as real ones, or None."""
         if self.fair_logit is None:
             return None
-        logit = torch.tensor([self.fair_logit(smoothing)], dtype=torch.float64)  #          (1,)
+        logit = torch.tensor([self.fair_logit(smoothing)], dtype=torch.float64)  #              (1,)
         return self.d(logit, logit, smoothing).item(), self.g(logit, logit).item()
 
 
@@ -272,7 +270,7 @@ def bce(logits, target):
     This is the course's form. Below a logit of -28 float32 loses its gradient by and by: at -41 a
     millionth is left.
     """
-    p = torch.sigmoid(logits)  #                                                            (N,)
+    p = torch.sigmoid(logits)  #                                                                (N,)
     # CUDA's function ends the process where it is given NaN, so NaN is hidden here ...
     loss = F.binary_cross_entropy(p.nan_to_num(), torch.full_like(p, target))
     return loss + 0 * logits.sum()  # ... and put back
@@ -325,8 +323,8 @@ def gradient_penalty(logits, images):
     logits: (N,), of D on images (N, 3, S, S). A D with BatchNorm mixes the images of a batch, and
     with them these gradients. The graph is kept, so that the penalty can be minimised.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  #   (N, 3, S, S)
-    return gradient.square().sum(dim=(1, 2, 3))  #                                          (N,)
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  #       (N, 3, S, S)
+    return gradient.square().sum(dim=(1, 2, 3))  #                                              (N,)
 
 
 # ----------------------------------------------------------------------------------- the two steps
@@ -369,20 +367,20 @@ def d_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
     loss = LOSSES[config.loss]
     discriminator.train().requires_grad_(True)
     optimizer.zero_grad()
-    real = real.detach().requires_grad_(config.r1 > 0)  #                           (N, 3, S, S)
-    fake = fake.detach().requires_grad_(config.r2 > 0)  #                           (N, 3, S, S)
+    real = real.detach().requires_grad_(config.r1 > 0)  #                               (N, 3, S, S)
+    fake = fake.detach().requires_grad_(config.r2 > 0)  #                               (N, 3, S, S)
     with precision.autocast():
-        d_real = discriminator(real)  #                                                     (N,)
-        d_fake = discriminator(fake)  #                                                     (N,)
-    d_loss = loss.d(d_real, d_fake, config.label_smoothing)  #                                ()
-    penalty = torch.zeros_like(d_loss)  #                                                     ()
+        d_real = discriminator(real)  #                                                         (N,)
+        d_fake = discriminator(fake)  #                                                         (N,)
+    d_loss = loss.d(d_real, d_fake, config.label_smoothing)  #                                    ()
+    penalty = torch.zeros_like(d_loss)  #                                                         ()
     if config.r1:
         penalty = penalty + config.r1 / 2 * gradient_penalty(d_real, real).mean()
     if config.r2:
         penalty = penalty + config.r2 / 2 * gradient_penalty(d_fake, fake).mean()
     precision.scaler.scale(d_loss + penalty).backward()
     precision.step(optimizer)
-    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #         (4,)
+    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #             (4,)
 
 
 def g_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
@@ -395,9 +393,9 @@ def g_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
     discriminator.train().requires_grad_(False)
     optimizer.zero_grad()
     with precision.autocast():
-        d_real = discriminator(real) if loss.g_needs_real else None  #                      (N,)
-        d_fake = discriminator(fake)  #                                                     (N,)
-    g_loss = loss.g(d_real, d_fake)  #                                                        ()
+        d_real = discriminator(real) if loss.g_needs_real else None  #                          (N,)
+        d_fake = discriminator(fake)  #                                                         (N,)
+    g_loss = loss.g(d_real, d_fake)  #                                                            ()
     precision.scaler.scale(g_loss).backward()
     precision.step(optimizer)
     return g_loss.detach()
@@ -686,7 +684,7 @@ class Training:
         if turn != self.turn:  # all images are seen again, in another order
             seed = 4 * config.seed + 3  # at most 16 bits, see MOST
             random = torch.Generator().manual_seed((turn << 16) + seed)
-            order = torch.randperm(len(self.images), generator=random)  #                   (N,)
+            order = torch.randperm(len(self.images), generator=random)  #                       (N,)
             self.order = order.to(self.images.device)
             self.turn = turn
         real = self.images[self.order[k * n : (k + 1) * n]].to(self.device)
@@ -709,7 +707,7 @@ class Training:
         self.set_rates()
         real, z = self.next_batch()
         with self.precision_g.autocast():
-            fake = self.generator.train()(z)  #                                     (n, 3, S, S)
+            fake = self.generator.train()(z)  #                                         (n, 3, S, S)
         if self.d_step is None:
             self.d_step = choose_d_step(self.discriminator, real, fake, config)
         if self.step % config.d_every == 0:
@@ -717,7 +715,7 @@ class Training:
                 self.discriminator, self.opt_d, real, fake, config, self.precision_d
             )
         g_loss = g_step(self.discriminator, self.opt_g, real, fake, config, self.precision_g)
-        self.recent.append(torch.cat([self.d_stats, g_loss.view(1)]))  #                    (5,)
+        self.recent.append(torch.cat([self.d_stats, g_loss.view(1)]))  #                        (5,)
         self.step += 1
         if config.ema_images:
             update_ema(self.kept, self.generator, config, self.step)
@@ -739,8 +737,8 @@ class Training:
         """After an epoch: a snapshot, diversity, |grad D| at real images, what on_epoch finds."""
         began = time.monotonic()
         record = self.history[-1]
-        real = pick(self.images, min(256, len(self.images)))  #                     (n, 3, S, S)
-        fake = sample(run, len(real))  #                                            (n, 3, S, S)
+        real = pick(self.images, min(256, len(self.images)))  #                         (n, 3, S, S)
+        fake = sample(run, len(real))  #                                                (n, 3, S, S)
         self.snapshots.append((record["images"], fake[:36].clone()))  # clone: 36 are kept, not 256
         record["diversity"] = diversity(real, fake)
         record["grad_d"] = gradient_size(self.discriminator, real[:64].to(self.device), self.config)
@@ -787,8 +785,8 @@ class Training:
 def gradient_size(discriminator, real, config):
     """Root mean square of |grad_x D(x)| over real images, uint8 (N, 3, S, S), with x in [-1, 1]."""
     low, high = config.pixel_range
-    x = to_network(real, config).requires_grad_()  #                                (N, 3, S, S)
-    squares = gradient_penalty(discriminator.train()(x), x)  #                              (N,)
+    x = to_network(real, config).requires_grad_()  #                                    (N, 3, S, S)
+    squares = gradient_penalty(discriminator.train()(x), x)  #                                  (N,)
     return squares.mean().sqrt().item() * (high - low) / 2
 
 
@@ -914,9 +912,9 @@ def sample(run: Run, n: int, seed: int = 0) -> Tensor:
     generator = run.generator.eval()
     device = next(generator.parameters()).device
     random = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, run.config.z_dim, generator=random)  #                         (n, z_dim)
+    z = torch.randn(n, run.config.z_dim, generator=random)  #                             (n, z_dim)
     parts = [to_uint8(generator(part.to(device)), run.config).cpu() for part in z.split(256)]
-    return torch.cat(parts)  #                                                      (n, 3, S, S)
+    return torch.cat(parts)  #                                                          (n, 3, S, S)
 
 
 def open_training(config, images, folder):
@@ -1222,7 +1220,7 @@ class Faces(torch.utils.data.Dataset):
                 data = open_zip(self.source, os.getpid()).read(name)
             else:
                 data = (self.source / name).read_bytes()
-            return torch.from_numpy(decode_image(data, self.size))  #            (3, size, size)
+            return torch.from_numpy(decode_image(data, self.size))  #                (3, size, size)
         except Exception as error:  # whatever a damaged file raises
             if data is None and isinstance(error, OSError):
                 raise
@@ -1272,7 +1270,7 @@ def decode_image(data, size):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square).transpose(2, 0, 1).copy()  #                       (3, size, size)
+    return np.asarray(square).transpose(2, 0, 1).copy()  #                           (3, size, size)
 
 
 def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") -> Path | None:
@@ -1320,7 +1318,7 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
     """
     if source is None:
         images = toy_faces(4096, size)
-        held = torch.tensor([content_hash(image.numpy()) < 0.1 for image in images])  #     (N,)
+        held = torch.tensor([content_hash(image.numpy()) < 0.1 for image in images])  #         (N,)
         return images[~held], images[held]
     faces = Faces(source, size)
     check(faces.names, f"{what_is_in(faces)}. {HOW_TO_GET_FACES}")
@@ -1435,15 +1433,15 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, f
     check(alike, f"real and fake are {found}: expected uint8 (N, 3, S, S), alike")
     random = torch.Generator().manual_seed(seed)
     distances = {}
-    for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(fake)):  #      (N, 3, s, s) each
+    for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(fake)):  #          (N, 3, s, s) each
         side = a.shape[-1]
         corner = torch.randint(side - 6, (2, len(a), 128), generator=random)  # the same for both
-        a = cut_patches(a, corner)  #                                               (147, 128 N)
-        b = cut_patches(b, corner)  #                                               (147, 128 N)
+        a = cut_patches(a, corner)  #                                                   (147, 128 N)
+        b = cut_patches(b, corner)  #                                                   (147, 128 N)
         means = []
         for _ in range(4):
             directions = F.normalize(torch.randn(128, 147, generator=random), dim=1).to(a.device)
-            gaps = sort_rows(directions @ a) - sort_rows(directions @ b)  #         (128, 128 N)
+            gaps = sort_rows(directions @ a) - sort_rows(directions @ b)  #             (128, 128 N)
             means.append(1e3 * float(np.abs(gaps).mean()))
         distances[str(side)] = sum(means) / len(means)
     return {**distances, "avg": sum(distances.values()) / len(distances)}
@@ -1456,11 +1454,11 @@ def sort_rows(x):
 
 def laplacian_pyramid(images):
     """[(N, 3, S, S), ... (N, 3, 16, 16)]: what each size adds to the next smaller one."""
-    x = images.to(best_device()).float()  #                                         (N, 3, S, S)
+    x = images.to(best_device()).float()  #                                             (N, 3, S, S)
     levels = []
     while x.shape[-1] > 16:
-        small = smooth(x)[:, :, ::2, ::2]  #                                    (N, 3, s/2, s/2)
-        enlarged = torch.zeros_like(x)  #                                           (N, 3, s, s)
+        small = smooth(x)[:, :, ::2, ::2]  #                                        (N, 3, s/2, s/2)
+        enlarged = torch.zeros_like(x)  #                                               (N, 3, s, s)
         enlarged[:, :, ::2, ::2] = 4 * small  # 4: for the three zeros beside each
         levels.append(x - smooth(enlarged))
         x = small
@@ -1476,12 +1474,12 @@ def smooth(x):
 
 def cut_patches(images, corner):
     """7x7 patches with upper left corners (2, N, 128), normalised per channel: (147, 128 N)."""
-    n = torch.arange(len(images), device=images.device)[:, None]  #                       (N, 1)
-    rows, columns = corner.to(images.device)  #                                    (N, 128) each
-    patches = images.unfold(2, 7, 1).unfold(3, 7, 1)[n, :, rows, columns]  #  (N, 128, 3, 7, 7)
-    patches = patches.permute(2, 3, 4, 0, 1).reshape(3, 49, -1)  #              (3, 49, 128 N)
+    n = torch.arange(len(images), device=images.device)[:, None]  #                           (N, 1)
+    rows, columns = corner.to(images.device)  #                                        (N, 128) each
+    patches = images.unfold(2, 7, 1).unfold(3, 7, 1)[n, :, rows, columns]  #       (N, 128, 3, 7, 7)
+    patches = patches.permute(2, 3, 4, 0, 1).reshape(3, 49, -1)  #                    (3, 49, 128 N)
     std, mean = torch.std_mean(patches, dim=(1, 2), correction=0, keepdim=True)
-    return ((patches - mean) / std.clamp(min=1e-3)).flatten(0, 1)  #                (147, 128 N)
+    return ((patches - mean) / std.clamp(min=1e-3)).flatten(0, 1)  #                    (147, 128 N)
 
 
 def thumbnails(images):
@@ -1496,12 +1494,12 @@ def nearest(images: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     Not itself, where both are one tensor. Distance: root mean square of pixels in [0, 1], at 16 px.
     Of a copy it is exactly 0: means of bytes over a power of two are exact in doubles.
     """
-    a = thumbnails(images)  #                                                           (N, 768)
-    b = thumbnails(among)  #                                                            (M, 768)
-    distances = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")  #               (N, M)
+    a = thumbnails(images)  #                                                               (N, 768)
+    b = thumbnails(among)  #                                                                (M, 768)
+    distances = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")  #                   (N, M)
     if among is images:
         distances.fill_diagonal_(math.inf)
-    values, index = distances.kthvalue(k, dim=1)  #                                   (N,), (N,)
+    values, index = distances.kthvalue(k, dim=1)  #                                       (N,), (N,)
     return values / (255 * math.sqrt(768)), index
 
 
@@ -1512,8 +1510,8 @@ def diversity(real: Tensor, fake: Tensor) -> float:
     the real ones are left out; nan if all are.
     """
     check(len(real) == len(fake), f"{len(real)} real, {len(fake)} fake images: expected as many")
-    real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])  #               (M, 3, S, S)
-    fake = fake[: len(real)]  #                                                     (M, 3, S, S)
+    real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])  #                   (M, 3, S, S)
+    fake = fake[: len(real)]  #                                                         (M, 3, S, S)
     if len(real) == 1:
         return math.nan
     return (nearest(fake, fake)[0].mean() / nearest(real, real)[0].mean()).item()
@@ -1525,7 +1523,7 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
     real: uint8 (N, 3, S, S), fake: (M, 3, S, S). Higher is better; real against real reads 0.97.
     """
     check(len(real) > k, f"{len(real)} real images: expected more than k={k}")
-    covered = nearest(real, fake)[0] <= nearest(real, real, k)[0]  #                        (N,)
+    covered = nearest(real, fake)[0] <= nearest(real, real, k)[0]  #                            (N,)
     return covered.float().mean().item()
 
 
@@ -1533,7 +1531,7 @@ def pick(images: Tensor, n: int, seed: int = 0) -> Tensor:
     """n of the images at random, uint8 (n, 3, S, S) on the CPU, in the order they had."""
     check(0 < n <= len(images), f"n={n}: expected 1 to {len(images)}, the number of images")
     random = torch.Generator().manual_seed(seed)
-    index = torch.randperm(len(images), generator=random)[:n].sort().values  #              (n,)
+    index = torch.randperm(len(images), generator=random)[:n].sort().values  #                  (n,)
     return images[index.to(images.device)].cpu()
 
 
@@ -1581,7 +1579,7 @@ def evaluate(run: Run, held_out: Tensor, others: Tensor, n: int = 1024, seed: in
 def show_images(images: Tensor, title: str = "", columns: int = 12) -> Figure:
     """A grid of uint8 images (N, 3, S, S)."""
     columns = min(columns, len(images))
-    grid = make_grid(images, columns, padding=1, pad_value=255).permute(1, 2, 0)  #    (H, W, 3)
+    grid = make_grid(images, columns, padding=1, pad_value=255).permute(1, 2, 0)  #        (H, W, 3)
     height, width, _ = grid.shape
     figure = Figure((10, 10 * height / width + 0.3), layout="constrained", dpi=72)
     ax = figure.subplots()
@@ -1656,39 +1654,39 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     n = len(real)
 
     # x through D, and back
-    x = torch.cat([real, fake]).detach().requires_grad_()  #                       (2n, 3, S, S)
+    x = torch.cat([real, fake]).detach().requires_grad_()  #                           (2n, 3, S, S)
     passed = [x]  # what enters the first layer, and what each returns              (2n, c, s, s)
     with precision.autocast():
         for layer in layers:
             passed.append(layer(passed[-1]))
-    logits = passed[-1].flatten().float()  #                                               (2n,)
-    v, *slopes = torch.autograd.grad(logits.sum(), passed)  #                  as `passed`, each
+    logits = passed[-1].flatten().float()  #                                                   (2n,)
+    v, *slopes = torch.autograd.grad(logits.sum(), passed)  #                      as `passed`, each
 
     # the loss, and w, its gradient by each logit
-    logits = logits.detach().requires_grad_()  #                                           (2n,)
-    d_real, d_fake = logits.chunk(2)  #                                              (n,), twice
-    d_loss = LOSSES[config.loss].d(d_real, d_fake, config.label_smoothing)  #                 ()
-    (w,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #                  (2n,)
-    w = w.view(-1, 1, 1, 1)  #                                                     (2n, 1, 1, 1)
-    gamma = torch.empty_like(w)  #                                                 (2n, 1, 1, 1)
+    logits = logits.detach().requires_grad_()  #                                               (2n,)
+    d_real, d_fake = logits.chunk(2)  #                                                  (n,), twice
+    d_loss = LOSSES[config.loss].d(d_real, d_fake, config.label_smoothing)  #                     ()
+    (w,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #                      (2n,)
+    w = w.view(-1, 1, 1, 1)  #                                                         (2n, 1, 1, 1)
+    gamma = torch.empty_like(w)  #                                                     (2n, 1, 1, 1)
     gamma[:n] = config.r1 / n
     gamma[n:] = config.r2 / n
 
     # u through D, at the kinks of x, and back from each convolution; slope: by what it gives
     scaled_gamma = precision.scaler.scale(gamma)
-    u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                          (2n, 3, S, S)
+    u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                              (2n, 3, S, S)
     for layer, before, slope in zip(layers, passed, slopes):
         if isinstance(layer, nn.LeakyReLU):
-            u = torch.where(before > 0, u, layer.negative_slope * u)  #            (2n, c, s, s)
+            u = torch.where(before > 0, u, layer.negative_slope * u)  #                (2n, c, s, s)
             continue
         with precision.autocast():
             u = F.conv2d(u.detach(), layer.weight, None, layer.stride, layer.padding)
-        u = u + w * layer.bias.view(-1, 1, 1)  #                                   (2n, c, s, s)
+        u = u + w * layer.bias.view(-1, 1, 1)  #                                       (2n, c, s, s)
         u.backward(slope)
     precision.step(optimizer)
 
-    penalty = (gamma / 2 * v.square()).sum()  #                                               ()
-    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #         (4,)
+    penalty = (gamma / 2 * v.square()).sum()  #                                                   ()
+    return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #             (4,)
 
 
 def choose_d_step(discriminator, real, fake, config):
