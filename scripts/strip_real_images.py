@@ -5,13 +5,19 @@
 Cells tagged `real-images` lose their outputs (CelebA may not be passed on), and every cell its
 progress bars and timestamps. Large pictures get a palette of 256 colours, a third of their size.
 """
-import base64, io, sys
+
+import base64
+import io
+import sys
 
 import nbformat
 from PIL import Image
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-for path in sys.argv[1:]:
+PNG = "image/png"
+
+
+def strip(path):
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -19,10 +25,31 @@ for path in sys.argv[1:]:
         if "real-images" in cell.metadata.get("tags", []):
             cell.outputs = []  # nbconvert's own tag remover would take the execution count as well
         elif cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})
-                            and out.get("name") != "stderr"]
-            for png in [out.data for out in cell.outputs if len(out.get("data", {}).get("image/png", "")) > 100_000]:
-                picture, small = Image.open(io.BytesIO(base64.b64decode(png["image/png"]))), io.BytesIO()
-                picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-                png["image/png"] = base64.b64encode(small.getvalue()).decode()
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
+            shrink_pictures(cell)
     nbformat.write(notebook, path)
+
+
+def is_progress(output):
+    """A widget, or what a progress bar wrote."""
+    return WIDGET in output.get("data", {}) or output.get("name") == "stderr"
+
+
+def shrink_pictures(cell):
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if len(data.get(PNG, "")) > 100_000:
+            data[PNG] = with_palette(data[PNG])
+
+
+def with_palette(png):
+    """A picture in 256 colours; before and after in base64."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    small = io.BytesIO()
+    picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        strip(path)

@@ -5,8 +5,13 @@
 Fills results/width.json, {measurement: record}: `converged` by exponent, width and rate; its first
 steps at widths up to the assignment's own; how far its layers move in 1 and 4 steps; the course's
 recipes by width. Draws results/figures/width.png of it, and leaves what the report says of it
-under "summary". Without faces.zip it only draws."""
-import functools, json, os, sys, time
+under "summary". Without faces.zip it only draws.
+"""
+
+import json
+import os
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from unittest.mock import patch
@@ -14,196 +19,428 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
-sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
-import cspgan as cs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import cspgan as cs  # noqa: E402
 
 FILE = ROOT / "results" / "width.json"
+FIGURES = ROOT / "results" / "figures"
 BASE = cs.CONVERGED.but(image_size=32, lr_width=64, batch_size=64, epoch_images=12_800)
-ADAM = cs.adam
+COURSE = ("baseline", "h1_bn_leaky", "h3_smooth_tanh", "slow_d", "dcgan")
+CPU = torch.device("cpu")
+MEASURED_ON = 900  # held-out images, as many as the report's runs
 
-def faces(source, size):
-    return cs.hold_out(cs.load_faces(source, size))
 
-def final(source, width, power, seed, mult=1.0, size=32):
-    """64,000 images at 32 px, measured like the report's runs."""
-    cs.adam = functools.partial(ADAM, power=power)
-    rates = {"lr_g": mult * BASE.lr_g, "lr_d": mult * BASE.lr_d}
+# --------------------------------------------------------------------------------- the measurements
+
+
+def rates_by(power):
+    """A context in which the width rule's exponent is `power`, not 1.
+
+    A layer whose fan-in grows with the width then has the rate lr * (lr_width / width)^power.
+    """
+    by_the_rule = cs.adam
+
+    def adam(network, config, lr):
+        optimizer = by_the_rule(network, config, lr)
+        _, slow = optimizer.param_groups
+        slow["full_lr"] = lr * (config.lr_width / config.width) ** power
+        return optimizer
+
+    return patch.object(cs, "adam", adam)
+
+
+def final(source, width, power, seed, faster=1.0, size=32):
+    """64,000 images at 32 px, measured like the report's runs. faster: times both rates."""
+    rates = {"lr_g": faster * BASE.lr_g, "lr_d": faster * BASE.lr_d}
     config = BASE.but(image_size=size, width=width, seed=seed, **rates)
-    images, held_out = faces(source, size)
-    run = cs.train(config, images, progress=False)
-    return cs.evaluate(run, held_out, cs.reference(held_out, images, 900))
+    faces, held_out = cs.load_faces(source, size)
+    with rates_by(power):
+        run = cs.train(config, faces, progress=False)
+    return cs.evaluate(run, held_out, faces, MEASURED_ON)
+
 
 def larger(source, width, power, seed):
     """The same at 64 px, where SWD is further from its floor."""
     return final(source, width, power, seed, size=64)
 
-def loud(source, width, power, seed, mult=1.0):
-    """The same with G's last layer at He's own scale, four times that of `converged`: so the
-    exponents were compared, before the smaller scale was found to be better."""
-    make = cs.Generator.__init__
 
-    def at_full_scale(self, config):
-        make(self, config)
-        self.to_rgb[0].weight.data *= 4
+def loud(source, width, power, seed, faster=1.0):
+    """The same with G's last layer at He's own scale, four times that of `converged`.
 
-    with patch.object(cs.Generator, "__init__", at_full_scale):
-        return final(source, width, power, seed, mult)
+    So the exponents were compared, before the smaller scale was found to be better.
+    """
+    make_quiet = cs.make_generator
+
+    def make_loud(config):
+        generator = make_quiet(config)
+        generator.to_rgb[0].weight.data.mul_(4)
+        return generator
+
+    with patch.object(cs, "make_generator", make_loud):
+        return final(source, width, power, seed, faster)
+
 
 def course(source, name, width, seed):
     """A recipe of the course at another width, half its batch, its rates as they were written."""
     preset = cs.PRESETS[name]
-    config = preset.but(image_size=32, width=width, batch_size=preset.batch_size // 2, seed=seed,
-                        epochs=5, epoch_images=12_800)
-    images, held_out = faces(source, 32)
-    run = cs.train(config, images, progress=False)
-    return {"preset": name, **cs.evaluate(run, held_out, cs.reference(held_out, images, 900))}
+    config = preset.but(image_size=32, width=width, seed=seed, epochs=5, epoch_images=12_800)
+    config = config.but(batch_size=preset.batch_size // 2)
+    faces, held_out = cs.load_faces(source, 32)
+    run = cs.train(config, faces, progress=False)
+    return {"preset": name, **cs.evaluate(run, held_out, faces, MEASURED_ON)}
+
 
 def first(source, size, width, power, steps):
     """The first steps of batch 8: losses, penalty, D's largest activation, saturated pixels."""
-    cs.adam = functools.partial(ADAM, power=power)
     config = BASE.but(image_size=size, width=width, batch_size=8, epoch_images=25_600)
-    training = cs.Training(config, faces(source, size)[0], torch.device("cpu"))
-    seen, rows, began = {"d": 0.0, "saturated": 0.0}, [], time.monotonic()
-    for layer in training.discriminator.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(
-                lambda m, i, y: seen.update(d=max(seen["d"], y.detach().abs().max().item())))
-    training.generator.register_forward_hook(
-        lambda m, i, y: seen.update(saturated=(y.detach().abs() > 0.99).float().mean().item()))
+    faces, _ = cs.load_faces(source, size)
+    with rates_by(power):
+        training = cs.Training(config, faces, CPU)
+    seen = watch_activations(training)
+    began = time.monotonic()
+    rows = []
     for _ in range(steps):
-        seen["d"] = 0.0
+        seen["largest_d"] = 0.0
         training.advance()
-        record = training.record()
-        rows.append({key: record[key] for key in ("step", "d_loss", "g_loss", "penalty")})
-        rows[-1] |= {"largest_d": seen["d"], "saturated": seen["saturated"]}
-    return {"image_size": size, "width": width, "power": power, "batch_size": 8, "steps": rows,
-            "seconds": time.monotonic() - began, **training.environment}
+        training.record()
+        last = training.history[-1]
+        row = {key: last[key] for key in ("step", "d_loss", "g_loss", "penalty")}
+        rows.append({**row, **seen})
+    return {
+        "image_size": size,
+        "width": width,
+        "power": power,
+        "batch_size": 8,
+        "steps": rows,
+        "seconds": time.monotonic() - began,
+        **training.environment,
+    }
+
+
+def watch_activations(training):
+    """Numbers that change with every step: D's largest since it was set to 0, G's share near 1."""
+    seen = {"largest_d": 0.0, "saturated": 0.0}
+
+    def note_largest(layer, inputs, output):
+        largest = output.detach().abs().max().item()
+        seen["largest_d"] = max(seen["largest_d"], largest)
+
+    def note_saturated(generator, inputs, images):
+        is_saturated = images.detach().abs() > 0.99
+        seen["saturated"] = is_saturated.float().mean().item()
+
+    for layer in training.discriminator.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(note_largest)
+    training.generator.register_forward_hook(note_saturated)
+    return seen
+
 
 def layers(source, width, rule, seed):
     """{steps: {layer: mean absolute change of its output}}, 32 px, batch 16; rule: 1 or 0."""
-    cs.adam = ADAM
     config = BASE.but(width=width, seed=seed, batch_size=16, lr_width=64 * rule)
-    images, outputs, found = faces(source, 32)[0], {}, {}
-    training = cs.Training(config, images, torch.device("cpu"))
-    z = torch.randn(16, config.z_dim, generator=torch.Generator().manual_seed(1))
-    inputs = [("G", training.generator, z),
-              ("D", training.discriminator, cs.to_network(images[-16:], config))]
-    for kind, network, _ in inputs:
-        for name, layer in network.named_modules():
-            if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-                layer.register_forward_hook(
-                    lambda m, i, y, key=f"{kind} {name}": outputs.update({key: y.detach().clone()}))
-
-    @torch.no_grad()
-    def look():
-        for _, network, x in inputs:
-            network.train()(x)
-        return dict(outputs)
-
-    before = look()
+    faces, _ = cs.load_faces(source, 32)
+    training = cs.Training(config, faces, CPU)
+    random = torch.Generator().manual_seed(1)
+    z = torch.randn(16, config.z_dim, generator=random)
+    images = cs.to_network(faces[-16:], config)
+    before = outputs_of_all(training, z, images)
+    found = {}
     for step in range(1, 5):
         training.advance()
         if step in (1, 4):
-            found[step] = {k: (y - before[k]).abs().mean().item() for k, y in look().items()}
+            after = outputs_of_all(training, z, images)
+            found[step] = changes(before, after)
     return found
 
-JOBS = {f"{job.__name__} {' '.join(map(str, args))}": (job, args) for job, args in [
-    *((layers, (w, rule, seed)) for rule in (1, 0) for w in (32, 64, 128, 256, 512) for seed in (0, 1)),
-    (first, (32, 1024, 0, 15)), (first, (32, 1024, 0.5, 60)), (first, (32, 1024, 1, 300)),
-    (first, (128, 1024, 1, 60)),
-    *((job, (w, a, seed)) for w, seeds in ((64, 3), (128, 3), (256, 2)) for seed in range(seeds)
-      for job, a in ((final, 1), (loud, 1), (loud, 0.5), (loud, 0)) if w > 64 or a == 1),
-    *((loud, (256, 1, 0, mult)) for mult in (0.5, 2.0)),
-    *((larger, (w, 1, seed)) for w, seeds in ((64, 2), (128, 2), (256, 1)) for seed in range(seeds)),
-    *((course, (name, w, 0)) for w in (64, 128, 256)
-      for name in ("baseline", "h1_bn_leaky", "h3_smooth_tanh", "slow_d", "dcgan"))]}
 
-def do(name, source):
+def outputs_of_all(training, z, images):
+    """{layer: output} of G at z and of D at images."""
+    of_g = outputs(training.generator, z)
+    of_d = outputs(training.discriminator, images)
+    named_g = {f"G {name}": output for name, output in of_g.items()}
+    named_d = {f"D {name}": output for name, output in of_d.items()}
+    return {**named_g, **named_d}
+
+
+@torch.no_grad()
+def outputs(network, x):
+    """{layer: output} of a network's convolutions and deconvolutions at x."""
+    found = {}
+    hooks = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            hooks.append(layer.register_forward_hook(keep_output(found, name)))
+    network.train()(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def keep_output(found, name):
+    def keep(layer, inputs, output):
+        found[name] = output.clone()
+
+    return keep
+
+
+def changes(before, after):
+    """{layer: mean absolute change}."""
+    found = {}
+    for name, output in after.items():
+        found[name] = (output - before[name]).abs().mean().item()
+    return found
+
+
+def plan():
+    """[(measurement, its arguments but for the source)]."""
+    jobs = []
+    for rule in (1, 0):
+        for width in (32, 64, 128, 256, 512):
+            jobs += [(layers, (width, rule, seed)) for seed in (0, 1)]
+    jobs.append((first, (32, 1024, 0, 15)))
+    jobs.append((first, (32, 1024, 0.5, 60)))
+    jobs.append((first, (32, 1024, 1, 300)))
+    jobs.append((first, (128, 1024, 1, 60)))
+    for width, seeds in ((64, 3), (128, 3), (256, 2)):
+        for seed in range(seeds):
+            jobs.append((final, (width, 1, seed)))
+            jobs.append((loud, (width, 1, seed)))
+            if width > 64:  # at 64 all exponents are the same
+                jobs.append((loud, (width, 0.5, seed)))
+                jobs.append((loud, (width, 0, seed)))
+    jobs.append((loud, (256, 1, 0, 0.5)))
+    jobs.append((loud, (256, 1, 0, 2.0)))
+    for width, seeds in ((64, 2), (128, 2), (256, 1)):
+        jobs += [(larger, (width, 1, seed)) for seed in range(seeds)]
+    for width in (64, 128, 256):
+        jobs += [(course, (name, width, 0)) for name in COURSE]
+    return jobs
+
+
+def name_of(job, arguments):
+    """As "final 128 1 0", the key of its record."""
+    return " ".join([job.__name__, *map(str, arguments)])
+
+
+def do(job, source, arguments):
     torch.set_num_threads(1)
-    job, args = JOBS[name]
-    return job(source, *args)
+    return job(source, *arguments)
 
-def measured(found, kind):
-    """{arguments: record} of one kind of measurement."""
-    keys = [key for key in found if key.split()[0] == kind]
-    return {tuple(map(float, key.split()[1:])): found[key] for key in keys}
+
+def measure_what_is_missing(found, source):
+    """A process for each core. Each record is filed when it is there."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        names = {}
+        for job, arguments in plan():
+            name = name_of(job, arguments)
+            if name not in found:
+                names[pool.submit(do, job, source, arguments)] = name
+        for future in as_completed(names):
+            name = names[future]
+            found[name] = future.result()
+            save(found)
+            print(time.strftime("%H:%M"), name, flush=True)
+
+
+def save(found):
+    text = json.dumps(dict(sorted(found.items())), indent=0)
+    part = FILE.with_name(f"{FILE.name}.part")
+    part.write_text(text)
+    part.replace(FILE)  # whoever stops it now leaves the old file or the new, never half
+
+
+# -------------------------------------------------------------------------------------- the figures
+
+
+def records_of(found, kind):
+    """{arguments: record} of one measurement whose arguments are numbers."""
+    records = {}
+    for key, record in found.items():
+        name, *arguments = key.split()
+        if name == kind:
+            records[tuple(map(float, arguments))] = record
+    return records
+
 
 def draw(found):
-    """How far layers move, SWD by width, D's largest activation, in one row. Returns the summary."""
-    moves, trained = {}, {}  # {(rule, layer): {width: changes}}, {(kind, a, width): SWDs}
-    for (width, rule, _), record in measured(found, "layers").items():
+    """How far layers move, SWD by width, D's largest activation: a row. Returns the summary."""
+    moves = layer_moves(found)
+    growing = growing_layers(moves)
+    trained = trained_swd(found)
+    peaks = largest_activations(found)
+    figure = Figure((10, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    draw_moves(left, moves, growing)
+    draw_widths(middle, trained)
+    draw_first_steps(right, peaks)
+    for ax in (left, middle, right):
+        ax.legend(fontsize=7.5)
+    figure.savefig(FIGURES / "width.png", dpi=110)
+    with_rule = [slope(moves[1, layer]) for layer in growing]
+    literal = [slope(moves[0, layer]) for layer in growing]
+    return {
+        "least_slope_literal": min(literal),
+        "largest_d": {f"{size:.0f} px, a = {a:g}": max(line) for (size, a), line in peaks.items()},
+        "greatest_slope_rule": max(with_rule),
+        "swd_64px": swd_by_width(trained, "larger"),
+        "swd_32px": swd_by_width(trained, "final"),
+    }
+
+
+def layer_moves(found):
+    """{(rule, layer): {width: change in four steps, mean over seeds}}."""
+    moves = {}
+    for (width, rule, _), record in records_of(found, "layers").items():
         for layer, change in record["4"].items():
-            moves.setdefault((rule, layer), {}).setdefault(width, []).append(change)
+            line = moves.setdefault((rule, layer), {})
+            line.setdefault(width, []).append(change)
+    means = {}
+    for key, line in moves.items():
+        means[key] = {width: np.mean(line[width]) for width in sorted(line)}
+    return means
+
+
+def growing_layers(moves):
+    """Those whose fan-in grows with the width."""
+    fixed = ("G stem.left.0", "G stem.right.0", "G stem.right.3", "D features.0")  # read z or RGB
+    return [layer for rule, layer in moves if rule == 0 and layer not in fixed]
+
+
+def slope(line):
+    """The exponent of a power of the width."""
+    widths = np.log(list(line))
+    changes = np.log(list(line.values()))
+    return np.polyfit(widths, changes, 1)[0]
+
+
+def trained_swd(found):
+    """{(measurement, exponent, width): SWD of each seed}, at the rates of `converged`."""
+    trained = {}
     for kind in ("final", "larger", "loud"):
-        for (width, a, _, *faster), record in measured(found, kind).items():
+        for (width, power, _, *faster), record in records_of(found, kind).items():
             if not faster:
-                trained.setdefault((kind, a, width), []).append(record["swd"]["avg"])
-    moves = {key: {w: np.mean(x) for w, x in sorted(line.items())} for key, line in moves.items()}
-    slopes = {key: np.polyfit(*np.log([*line.items()]).T, 1)[0] for key, line in moves.items()}
-    fixed = "G stem.left.0", "G stem.right.0", "G stem.right.3", "D features.0"  # read z or pixels
-    grow = [layer for rule, layer in slopes if not rule and layer not in fixed]
-    left, middle, right = (figure := Figure((10, 3.4), layout="constrained")).subplots(1, 3)
+                seeds = trained.setdefault((kind, power, width), [])
+                seeds.append(record["swd"]["avg"])
+    return trained
+
+
+def swd_by_width(trained, kind):
+    """{width: SWD of each seed} where the exponent is 1."""
+    found = {}
+    for (its_kind, power, width), swd in sorted(trained.items()):
+        if its_kind == kind and power == 1:
+            found[f"{width:.0f}"] = swd
+    return found
+
+
+def largest_activations(found):
+    """{(size, exponent): D's largest activation in each of the first steps}."""
+    lines = {}
+    for (size, _, power, _), record in records_of(found, "first").items():
+        lines[size, power] = [step["largest_d"] for step in record["steps"]]
+    return lines
+
+
+def draw_moves(ax, moves, growing):
+    labels = {1: "with the rule", 0: "literal rates"}
+    colors = {1: "C0", 0: "C3"}
     for (rule, layer), line in moves.items():
-        if layer in grow:
-            left.plot(line.keys(), np.divide([*line.values()], line[32]), "C0" if rule else "C3", lw=1,
-                      label={grow[0]: "with the rule" if rule else "literal rates"}.get(layer))
-    for kind, a, style, label in (("larger", 1, "C2o-", "64 px"), ("final", 1, "C4o-", "32 px"),
-            ("loud", 1, "C0o:", "a = 1"), ("loud", 0.5, "C1o:", "a = 0.5"), ("loud", 0, "C3o:", "a = 0")):
-        line = {w: np.mean(x) for (k, b, w), x in trained.items() if k == kind and (b == a or w == 64)}
-        middle.plot(sorted(line), [line[w] for w in sorted(line)], style, ms=4, label=label)
-    peaks = {}
-    for (side, _, a, _), record in measured(found, "first").items():
-        largest = [step["largest_d"] for step in record["steps"]]
-        peaks[f"{side:.0f} px, a = {a:g}"], drawn = max(largest), largest[:60]
-        right.plot(drawn, {1: "C0", 0.5: "C1", 0: "C3"}[a], lw=1, ls="-" if side > 32 else ":",
-                   label=f"a = {a:g}, {side:.0f} px, {len(drawn)} steps")
-    for ax, ticks in ((left, (32, 64, 128, 256, 512)), (middle, (64, 128, 256))):
-        ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=ticks, xticklabels=ticks)
-    left.set(title="change in 4 steps, relative to width 32", yscale="log", yticks=(0.5, 1, 2, 4, 8))
-    left.yaxis.set_major_formatter("{x:g}"), left.yaxis.set_minor_formatter("")
-    middle.set(title="SWD x1e3 after 64,000 images", ylim=(0, None))
-    right.set(title="largest activation of D", xlabel="steps of 8 images at width 1024", yscale="log")
-    [ax.legend(fontsize=7.5) for ax in (left, middle, right)]
-    figure.savefig(ROOT / "results/figures/width.png", dpi=110)
-    swd = {kind: {f"{w:.0f}": x for (k, a, w), x in sorted(trained.items()) if k == kind and a == 1}
-           for kind in ("larger", "final")}
-    return {"least_slope_literal": min(slopes[0, layer] for layer in grow), "largest_d": peaks,
-            "greatest_slope_rule": max(slopes[1, layer] for layer in grow),
-            "swd_64px": swd["larger"], "swd_32px": swd["final"]}
+        if layer not in growing:
+            continue
+        label = labels[rule] if layer == growing[0] else None  # one for all lines of a colour
+        relative = [change / line[32] for change in line.values()]
+        ax.plot(list(line), relative, colors[rule], lw=1, label=label)
+    widths_below(ax, (32, 64, 128, 256, 512))
+    ax.set(title="change in 4 steps, relative to width 32", yscale="log", yticks=(0.5, 1, 2, 4, 8))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+
+
+def draw_widths(ax, trained):
+    lines = (
+        ("larger", 1, "C2o-", "64 px"),
+        ("final", 1, "C4o-", "32 px"),
+        ("loud", 1, "C0o:", "a = 1"),
+        ("loud", 0.5, "C1o:", "a = 0.5"),
+        ("loud", 0, "C3o:", "a = 0"),
+    )
+    for kind, power, style, label in lines:
+        line = {}
+        for (its_kind, its_power, width), swd in trained.items():
+            is_alike = its_power == power or width == 64  # at 64 all exponents are the same
+            if its_kind == kind and is_alike:
+                line[width] = np.mean(swd)
+        widths = sorted(line)
+        ax.plot(widths, [line[width] for width in widths], style, ms=4, label=label)
+    widths_below(ax, (64, 128, 256))
+    ax.set(title="SWD x1e3 after 64,000 images", ylim=(0, None))
+
+
+def draw_first_steps(ax, peaks):
+    colors = {1: "C0", 0.5: "C1", 0: "C3"}
+    for (size, power), line in peaks.items():
+        drawn = line[:60]
+        style = "-" if size > 32 else ":"
+        label = f"a = {power:g}, {size:.0f} px, {len(drawn)} steps"
+        ax.plot(drawn, colors[power], lw=1, ls=style, label=label)
+    ax.set(title="largest activation of D", xlabel="steps of 8 images at width 1024", yscale="log")
+
+
+def widths_below(ax, widths):
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="width", xticks=widths, xticklabels=widths)
+
 
 def draw_course(found):
-    """SWD and diversity by width: `converged` and what of the course's recipes has been measured."""
-    lines = {"converged": {w: r for (w, a, seed), r in measured(found, "final").items() if (a, seed) == (1, 0)}}
-    for key in [key for key in found if key.startswith("course")]:
-        lines.setdefault(found[key]["preset"], {})[found[key]["width"]] = found[key]
-    left, right = (figure := Figure((10, 3.4), layout="constrained")).subplots(1, 2)
+    """SWD and diversity by width: `converged`, and what is measured of the course's recipes."""
+    lines = course_lines(found)
+    figure = Figure((10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, line in lines.items():
         widths = sorted(line)
-        left.plot(widths, [line[w]["swd"]["avg"] for w in widths], "o-", ms=4, label=name)
-        right.plot(widths, [line[w]["diversity"] for w in widths], "o-", ms=4)
+        swd = [line[width]["swd"]["avg"] for width in widths]
+        diversity = [line[width]["diversity"] for width in widths]
+        left.plot(widths, swd, "o-", ms=4, label=name)
+        right.plot(widths, diversity, "o-", ms=4)
     for ax in (left, right):
-        ax.set_xscale("log", base=2), ax.set(xlabel="width", xticks=widths, xticklabels=widths)
+        widths_below(ax, (64, 128, 256))
     floor = lines["converged"][64]["swd_floor"]["avg"]
     left.axhline(floor, color="grey", ls="--", lw=1, label="real faces")
     ticks = (10, 20, 50, 100, 200, 500)
-    left.set(yscale="log", yticks=ticks, yticklabels=ticks, title="SWD x1e3 after 64,000 images, 32 px")
+    left.set(yscale="log", yticks=ticks, yticklabels=ticks)
+    left.set(title="SWD x1e3 after 64,000 images, 32 px")
     left.yaxis.set_minor_formatter("")
     right.set(title="diversity, real faces: 1", ylim=(0, None))
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     if len(lines) > 1:  # of one recipe alone there is nothing to compare
-        figure.savefig(ROOT / "results/figures/width_course.png", dpi=110)
+        figure.savefig(FIGURES / "width_course.png", dpi=110)
 
-if __name__ == "__main__":
+
+def course_lines(found):
+    """{recipe: {width: record}}, of one seed each."""
+    lines = {"converged": {}}
+    for (width, power, seed), record in records_of(found, "final").items():
+        if (power, seed) == (1, 0):
+            lines["converged"][width] = record
+    for key, record in found.items():
+        if key.startswith("course"):
+            line = lines.setdefault(record["preset"], {})
+            line[record["width"]] = record
+    return lines
+
+
+def main():
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        left = [name for name in JOBS if name not in found and len(sys.argv) > 1]
-        jobs = {pool.submit(do, name, sys.argv[1]): name for name in left}
-        for job in as_completed(jobs):
-            found[jobs[job]] = job.result()
-            text = json.dumps(dict(sorted(found.items())), indent=0)
-            cs.write_aside(FILE, lambda file: file.write(text.encode()))
-            print(time.strftime("%H:%M"), jobs[job], flush=True)
+    if len(sys.argv) > 1:
+        measure_what_is_missing(found, sys.argv[1])
     found["summary"] = draw(found)
     draw_course(found)
-    FILE.write_text(json.dumps(dict(sorted(found.items())), indent=0))
+    save(found)
+
+
+if __name__ == "__main__":
+    main()
