@@ -1177,6 +1177,8 @@ HOW_TO_GET_FACES = (
     "On Kaggle: Add Input, jessicali9530/celeba-dataset. Elsewhere: a folder or zip of images in "
     "data/, or named by CSPGAN_DATA."
 )
+CELEBA_IMAGES = 202_599
+CELEBA_FIRST_TEST = "182638.jpg"  # of its own test partition, which shares no person with the rest
 ENDINGS = ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm .jp2 .avif"
 
 
@@ -1345,27 +1347,27 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
 def decode_all(faces, folder):
     """Write all pixels to folder/images.u8, those held out last, and the number of the others."""
     folder.mkdir()
-    need = 1.1 * len(faces) * 3 * faces.size**2 / 1e9  # a tenth is written twice
+    need = len(faces) * 3 * faces.size**2 / 1e9
     free = shutil.disk_usage(folder).free / 1e9
     check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
     print("Decoding", what_is_in(faces))
-    is_celeba = len(faces) == 202_599  # the whole of it: its own test partition is held out
-    damaged, hashes, n = [], [], 0
-    with open(folder / "images.u8", "wb") as file, tempfile.TemporaryFile(dir=folder) as held_file:
+    held, hashes, damaged = [], [], []
+    with open(folder / "images.u8", "wb") as file:
         for name, pixels in zip(faces.names, decoded(faces)):
             if isinstance(pixels, ValueError):
                 damaged.append(str(pixels))
                 continue
             hashes.append(content_hash(pixels))
-            is_held_out = name[-10:] >= "182638.jpg" if is_celeba else hashes[-1] < 0.1
+            if len(faces) == CELEBA_IMAGES:
+                is_held_out = name[-10:] >= CELEBA_FIRST_TEST
+            else:
+                is_held_out = hashes[-1] < 0.1
             if is_held_out:
-                held_file.write(pixels)
+                held.append(pixels)  # in memory: they are a tenth, and come last
             else:
                 file.write(pixels)
-                n += 1
-        held_file.seek(0)
-        shutil.copyfileobj(held_file, file)
-    (folder / "to_train_on.txt").write_text(str(n))
+        file.writelines(held)
+    (folder / "to_train_on.txt").write_text(str(len(hashes) - len(held)))
     copies = len(hashes) - len(set(hashes))
     if copies or damaged:
         print(f"{copies:,} exact copies. {len(damaged):,} skipped: {'; '.join(damaged[:10])}")
