@@ -812,9 +812,8 @@ def choose_precision(config, images, device):
     torch.cuda.empty_cache()  # what was tried is gone, and `Training` looks at what is free
     if torch.allclose(found, exact, rtol=0.1, atol=0.1):  # false where one is nan
         return half
-    print(
-        f"{config.label()}: losses {found.tolist()} in {half}, {exact.tolist()} in float32: taken"
-    )
+    losses = f"{found.tolist()} in {half}, {exact.tolist()} in float32"
+    print(f"{config.label()}: it trains in float32, for the losses of D and G are {losses}")
     return "float32"
 
 
@@ -874,7 +873,8 @@ def train(
                 save(training, folder)
                 saved = time.monotonic()
         if training.step > first_step:
-            run.stopped = save(training, folder) or run.stopped
+            problem = save(training, folder)
+            run.stopped = run.stopped or problem
     if run.stopped:
         print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped})")
     raise_again(signals)
@@ -1227,7 +1227,8 @@ class Faces(torch.utils.data.Dataset):
         list_files = files_in_zip if self.is_zip else files_in_folder
         for name, state in list_files(self.source):
             kind = os.path.splitext(name)[1].lower()
-            if "/." in f"/{name}" or "__MACOSX" in name:  # hidden files, and macOS's
+            shown = name.removeprefix("./")  # as bsdtar writes it
+            if "/." in f"/{shown}" or "__MACOSX" in name:  # hidden files, and macOS's
                 continue
             if kind in ENDINGS.split():
                 self.states[name] = state
@@ -1301,6 +1302,10 @@ def decode_image(data, size):
     return np.asarray(square).transpose(2, 0, 1).copy()  #                           (3, size, size)
 
 
+def is_source(path):
+    return path.is_dir() or zipfile.is_zipfile(path)
+
+
 def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") -> Path | None:
     """CSPGAN_DATA, else img_align_celeba in Kaggle's input folder, else what lies in data/.
 
@@ -1311,11 +1316,9 @@ def find_faces(kaggle: str | Path = "/kaggle/input", data: str | Path = "data") 
         faces = Faces(asked, SIZES[0])  # or its error: nothing takes the place of this
         print("Taken:", what_is_in(faces))
         return faces.source
-    celeba = sorted(Path(kaggle).rglob("img_align_celeba*"))[:1]
-    zips = sorted(Path(data).rglob("*.zip"))
-    places = (*celeba, Path(data), *zips)
-    whole = [place for place in places if place.is_dir() or zipfile.is_zipfile(place)]
-    found = [Faces(place, SIZES[0]) for place in whole]
+    celeba = sorted(filter(is_source, Path(kaggle).rglob("img_align_celeba*")))[:1]
+    places = [Path(data), *sorted(Path(data).rglob("*.zip"))]
+    found = [Faces(place, SIZES[0]) for place in (*celeba, *filter(is_source, places))]
     found.sort(key=lambda faces: not faces.names)  # what has images first
     if found and found[0].names:
         print("Taken:", what_is_in(found[0]))
@@ -1333,7 +1336,8 @@ def what_is_in(faces):
     folders = Counter(os.path.dirname(name) for name in faces.names)
     by_folder = ", ".join(f"{folder or '.'} {n:,}" for folder, n in folders.most_common(8))
     others = ", ".join(f"{n:,} {kind}" for kind, n in faces.passed_over.most_common(8))
-    return f"{faces.source}: {len(faces):,} images ({by_folder}); passed over {others or 'nothing'}"
+    words = f"{len(faces):,} images ({by_folder}); passed over {others or 'nothing'}"
+    return f"{faces.source}: {words}".encode(errors="replace").decode()  # a name need not be text
 
 
 def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
@@ -1382,7 +1386,7 @@ def decode_all(faces, folder):
     with open(folder / "images.u8", "wb") as file:
         for name, pixels in zip(faces.names, decoded(faces)):
             if isinstance(pixels, ValueError):
-                damaged.append(str(pixels))
+                damaged.append(str(pixels).encode(errors="replace").decode())
                 continue
             hashes.append(content_hash(pixels))
             if len(faces) == CELEBA_IMAGES:
@@ -1655,10 +1659,11 @@ def plot_history(ax, run, title, **labels):
 
 
 def linear_layers(discriminator):
-    """D's layers in their order, if each is a convolution or a LeakyReLU; None if one is not."""
+    """D's layers in their order, if each is a convolution with biases or a LeakyReLU; else None."""
     layers = [layer for layer in discriminator.modules() if not list(layer.children())]
     is_known = all(type(layer) in (nn.Conv2d, nn.LeakyReLU) for layer in layers)
-    return layers if is_known else None
+    has_biases = all(getattr(layer, "bias", True) is not None for layer in layers)
+    return layers if is_known and has_biases else None
 
 
 def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT32):

@@ -1,6 +1,20 @@
 """Nothing lost: one file a run, resuming, signals, damage; many runs side by side."""
-import contextlib, math, multiprocessing, os, pickle, signal, threading, time
+
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,170 +23,274 @@ from PIL import Image
 
 import cspgan as cs
 
-def same_run(a, b, watched=False):
-    """Whether two runs agree in every weight, record and snapshot; watched: b has more to a record."""
-    skip = {"seconds"} | ({"swd", "coverage"} if watched else set())
-    records = [[{k: v for k, v in r.items() if k not in skip} for r in run.history] for run in (a, b)]
-    weights = [run.generator.state_dict().values() for run in (a, b)]
-    shots = [[(n, x.tolist()) for n, x in run.snapshots] for run in (a, b)]
-    return records[0] == records[1] and all(map(torch.equal, *weights)) and shots[0] == shots[1]
+CPU = torch.device("cpu")
+train = functools.partial(cs.train, progress=False)
+server = multiprocessing.get_context("forkserver")  # imports PyTorch once, not in every process
+server.set_forkserver_preload(["cspgan"])
+
+
+def same_run(*runs):
+    """Whether runs agree in every weight, record and snapshot."""
+    contents = []
+    for run in runs:
+        records = [{**record, "seconds": 0} for record in run.history]
+        snapshots = [(n, images.tolist()) for n, images in run.snapshots]
+        weights = [weight.tolist() for weight in run.generator.state_dict().values()]
+        contents.append([records, snapshots, weights])
+    return contents[0] == contents[1]
+
+
+def step_of(folder):
+    return torch.load(Path(folder, "run.pt"), weights_only=True)["step"]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
 
 @pytest.fixture(params=["bce", "converged"])
 def config(request, tiny):
     """Two epochs of four steps with everything that has a state: EMA, BatchNorm, lazy D, cosine."""
     if request.param == "bce":
-        return tiny.but(block_norm="both", d_every=2, epochs=2, epoch_images=64, weight_decay=0.1)
-    return cs.CONVERGED.but(image_size=16, width=16, z_dim=8, batch_size=16, epochs=2, epoch_images=64)
+        tiny = tiny.but(block_norm="both", d_every=2, weight_decay=0.1)
+    else:
+        tiny = cs.PRESETS["converged"].but(image_size=16, width=16, z_dim=8, batch_size=16)
+    return tiny.but(epochs=2, epoch_images=64)
 
-def test_run_stopped_after_every_step_equals_one_that_was_not(config, toys, tmp_path, capsys):
-    whole = cs.train(config, toys, progress=False)
-    for step in range(1, 8):
-        run = cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0)
-        assert not run.finished and run.stopped == "time"
-        assert f"stopped at step {step} of 8" in capsys.readouterr().out
-    run = cs.train(config, toys, tmp_path / "run", progress=False, time_budget=0)
-    assert run.finished and not run.stopped and same_run(whole, run)
-    assert same_run(whole, cs.load_run(tmp_path / "run"))
-    again = cs.run_or_load(config, toys, tmp_path / "run", progress=False)
-    said = capsys.readouterr().out
-    assert same_run(whole, again) and again.finished and "loaded at step 8 of 8" in said
-    assert all(str(run.environment[key]) in said for key in ("code", "date")) and config.label() in said
 
-def test_every_part_of_the_state_is_needed(config, toys):
-    """A checkpoint without one of its parts would not give the same run: none is saved in vain."""
-    def finished(skip):
-        first, second = (cs.Training(config, toys, torch.device("cpu")) for _ in range(2))
-        for _ in range(3):
-            first.advance()
-        fresh, state = second.state_dict(), first.state_dict()
-        second.load_state_dict({k: fresh[k] if k in skip else v for k, v in state.items()})
-        for _ in range(3):
-            second.advance()
-        record = {k: v for k, v in second.record().items() if k != "seconds"}
-        networks = second.kept, second.discriminator
-        return record, [x.sum().item() for net in networks for x in net.state_dict().values()]
-    whole = finished(())
-    assert whole == finished(())
-    parts = set(cs.Training(config, toys, torch.device("cpu")).state_dict())
-    parts -= {"history", "snapshots", "seconds", "identity", "environment", "epoch_steps"}
-    parts -= {"scale_g", "scale_d"} | ({"d_stats"} if config.d_every == 1 else set())
-    twins = set() if config.ema_images else {"generator", "kept"}  # one network under two names
-    for skip in [{part} for part in parts - twins] + [twins] * bool(twins):
-        assert whole != finished(skip), skip
+# ---- going on
+def test_run_interrupted_in_every_step_equals_one_that_was_not(
+    config, toys, tmp_path, monkeypatch, capsys
+):
+    whole = train(config, toys)
+    advance = cs.Training.advance
 
-def test_run_that_crashes_or_is_killed_goes_on(config, toys, tmp_path):
-    def crash(images):
-        crash.seen += 1
-        if crash.seen % 3 == 0:
-            raise RuntimeError("power cut")
-    crash.seen, run, whole = 0, None, cs.train(config, toys, progress=False)
-    while not run:
-        with contextlib.suppress(RuntimeError):
-            run = cs.train(config, toys, tmp_path / "a", progress=crash, save_every=0)
-    assert crash.seen > 9 and same_run(whole, run)
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    steps, told = spawn.Pipe()
-    child = spawn.Process(target=cs.train, args=(config, toys, tmp_path / "b", told.send),
-                          kwargs={"save_every": 0})
+    def advance_and_interrupt(training):
+        advance(training)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cs.Training, "advance", advance_and_interrupt)
+        for step in range(1, 9):
+            with pytest.raises(KeyboardInterrupt):
+                train(config, toys, tmp_path)
+            assert step_of(tmp_path) == step
+    assert "stopped at step 7 of 8 (SIGINT)" in capsys.readouterr().out
+    run = train(config, toys, tmp_path)
+    assert run.finished and same_run(whole, run)
+    assert same_run(whole, cs.load_run(tmp_path))
+    assert "loaded at step 8" in capsys.readouterr().out
+
+
+def test_time_budget_returns_the_run_so_far(tiny, toys, tmp_path, monkeypatch):
+    run = train(tiny.but(epochs=4), toys, tmp_path, time_budget=0)
+    assert run.stopped == "time" and not run.history
+    clock = itertools.count().__next__  # a second passes whenever somebody looks
+    monkeypatch.setattr(cs, "time", SimpleNamespace(monotonic=clock, strftime=time.strftime))
+    steps = []
+    while not run.finished:
+        run = train(tiny.but(epochs=4), toys, tmp_path, time_budget=9 / 3600)
+        steps.append(step_of(tmp_path))
+    assert len(steps) > 1 and 0 < steps[0] < steps[-1] == 8
+    assert same_run(train(tiny.but(epochs=4), toys), run)
+
+
+def test_run_killed_twenty_times_goes_on_bit_for_bit(tiny, toys, tmp_path):
+    config = tiny.but(block_norm="both", d_every=2, epochs=20, epoch_images=64, ema_images=64)
+    args = config, toys, tmp_path, False, None, math.inf, 0
+    file = tmp_path / "run.pt"
+    moments = random.Random(0)
+    times = [0]
+    for _ in range(20):
+        child = server.Process(target=cs.train, args=args)
+        child.start()
+        wait_for(lambda: file.exists() and file.stat().st_mtime_ns > times[-1])
+        time.sleep(moments.uniform(0, 0.03))
+        child.kill()
+        child.join()
+        times.append(file.stat().st_mtime_ns)
+    assert step_of(tmp_path) >= 20
+    assert same_run(train(config, toys), train(config, toys, tmp_path))
+    assert not Path(tmp_path, "run.pt.damaged").exists()
+
+
+def finish(config, toys, skipped=()):
+    """What comes of three steps, a checkpoint without some of its parts, and three more steps."""
+    first = cs.Training(config, toys, CPU)
+    second = cs.Training(config, toys, CPU)
+    fresh = second.state_dict()
+    for _ in range(3):
+        first.advance()
+    second.load_state_dict(first.state_dict() | {part: fresh[part] for part in skipped})
+    for _ in range(3):
+        second.advance()
+    second.record()
+    weights = (*second.kept.state_dict().values(), *second.discriminator.state_dict().values())
+    return {**second.history[0], "seconds": 0}, [weight.sum().item() for weight in weights]
+
+
+def test_every_part_of_a_checkpoint_is_needed(config, toys):
+    whole = finish(config, toys)
+    assert whole == finish(config, toys)
+    parts = set(cs.Training(config, toys, CPU).state_dict())
+    parts -= {"identity", "environment", "seconds", "history", "snapshots", "scaler_g", "scaler_d"}
+    if not config.ema_images:  # one network under two names
+        parts -= {"generator", "kept"}
+        assert whole != finish(config, toys, ["generator", "kept"])
+    if config.d_every == 1:
+        parts -= {"d_stats"}
+    for part in parts:
+        assert whole != finish(config, toys, [part]), part
+
+
+def test_precision_is_a_part_of_the_run(tiny, toys, tmp_path, monkeypatch):
+    longer = tiny.but(epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(cs, "choose_precision", lambda *_: "float16")
+        whole = train(longer, toys)
+        train(tiny, toys, tmp_path)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert state["environment"]["precision"] == "float16"
+    assert same_run(whole, train(longer, toys, tmp_path))
+    assert not same_run(whole, train(longer, toys))
+    state["scaler_d"]["scale"] = 128.0
+    training = cs.Training(tiny, toys, CPU, "float16")
+    training.load_state_dict(state)
+    assert training.precision_d.scaler.get_scale() == 128
+
+
+def test_more_epochs_go_on_where_the_rates_do_not_fall(tiny, toys, tmp_path):  # case 8
+    train(tiny.but(epochs=2), toys, tmp_path / "run")
+    train(tiny.but(epochs=4), toys, tmp_path / "run", time_budget=0)
+    run = train(tiny.but(epochs=4), toys, tmp_path / "run")
+    whole = train(tiny.but(epochs=4), toys)
+    assert run.finished and same_run(whole, run)
+    with pytest.raises(ValueError, match=r"'epochs': \(4, 2\)"):
+        train(tiny.but(epochs=2), toys, tmp_path / "run")
+    train(tiny.but(lr_end=0.1), toys, tmp_path / "falls")
+    with pytest.raises(ValueError, match=r"'epochs': \(1, 2\)"):
+        train(tiny.but(lr_end=0.1, epochs=2), toys, tmp_path / "falls")
+
+
+# ---- what can go wrong
+def leave_mark(folder, run):
+    (folder / "trains").touch()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
+def test_signals_save_and_then_do_what_they_always_do(tiny, toys, tmp_path, number, code):
+    args = tiny.but(epochs=2000), toys, tmp_path, False, functools.partial(leave_mark, tmp_path)
+    child = server.Process(target=cs.train, args=args)
     child.start()
-    assert all(steps.poll(120) and steps.recv() is not None for _ in range(4))
-    child.kill(), child.join()
-    assert 0 < steps_of(tmp_path / "b")[0] < 8
-    assert same_run(whole, cs.train(config, toys, tmp_path / "b", progress=False))
+    wait_for((tmp_path / "trains").exists)
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == code and step_of(tmp_path) >= 2
 
-def steps_of(*folders):
-    return [torch.load(folder / "run.pt", weights_only=True)["step"] for folder in folders]
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_return_the_run_so_far(config, toys, tmp_path, number):
-    before = signal.getsignal(number)
-    run = cs.train(config, toys, tmp_path, progress=lambda n: n and signal.raise_signal(number))
-    assert run.stopped == number.name and not run.finished and signal.getsignal(number) == before
-    assert same_run(cs.train(config, toys, progress=False), cs.train(config, toys, tmp_path, progress=False))
-    with cs.stop_signals():
-        [signal.raise_signal(which) for which in (number, signal.SIGTERM)]  # a scheduler's comes twice
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+def test_another_run_in_the_folder_is_refused_and_stays(tiny, toys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # case 21
+    run = train(tiny, toys, "~/gan/run")
+    file = tmp_path / "gan/run/run.pt"
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"'lr_d': \(0.0002, 0.001\)"):
+        train(tiny.but(lr_d=1e-3), toys, "~/gan/run")
+    with pytest.raises(ValueError, match="'data': "):
+        train(tiny, toys.flip(3), "~/gan/run")
+    assert os.listdir(file.parent) == ["run.pt"] and file.read_bytes() == before
+    assert same_run(run, cs.load_run("~/gan/run"))
+
 
 class Malicious:
-    __reduce__ = lambda self: (os.mkdir, ("executed",))  # noqa: E731
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
-@pytest.mark.parametrize("damage", [
-    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text", lambda b: pickle.dumps(Malicious())])
-def test_damaged_file_is_named_and_put_aside(tiny, toys, tmp_path, capsys, damage, monkeypatch):
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:9999], lambda b: b"", lambda b: b"text", lambda b: pickle.dumps(Malicious(), 2)],
+)
+def test_damaged_file_is_named_and_set_aside(tiny, toys, tmp_path, capsys, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
-    whole = cs.train(tiny, toys, "run", progress=False)
-    bad = damage(Path("run/run.pt").read_bytes())
-    Path("run/run.pt").write_bytes(bad)
-    assert same_run(whole, cs.train(tiny, toys, "run", progress=False))
-    assert "damaged" in capsys.readouterr().out and Path("run.old1/run.pt").read_bytes() == bad
-    assert not Path("executed").exists()
+    whole = train(tiny, toys, "run")
+    damaged = damage(Path("run/run.pt").read_bytes())
+    Path("run/run.pt").write_bytes(damaged)
+    assert same_run(whole, train(tiny, toys, "run"))
+    assert "run.pt.damaged: set aside" in capsys.readouterr().out
+    assert Path("run/run.pt.damaged").read_bytes() == damaged and not Path("executed").exists()
 
-def test_a_good_file_goes_on_elsewhere_and_is_never_called_damaged(tiny, toys, tmp_path, capsys, monkeypatch):
-    cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False, time_budget=0)
-    file = tmp_path / "run/run.pt"  # of a GPU, whose random numbers have a short state
-    torch.save({**torch.load(file), "noise": torch.zeros(16, dtype=torch.uint8)}, file)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # as out of memory
-        patch.setattr(cs, "half_for", lambda *_: 1 / 0)
-        cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False)
-    assert cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False).finished
-    assert "loaded at step 1 of" in capsys.readouterr().out
 
-def test_another_run_in_the_folder_is_kept_under_another_name(tiny, toys, tmp_path, capsys):
-    first = cs.train(tiny, toys, tmp_path / "run", progress=False)
-    cs.train(tiny.but(lr_d=1e-3), toys, tmp_path / "run", progress=False)
-    assert "lr_d=0.0002 there, 0.001 here" in capsys.readouterr().out
-    cs.train(tiny.but(lr_d=1e-3), toys.flip(3), tmp_path / "run", progress=False)
-    assert "data=" in capsys.readouterr().out
-    assert same_run(first, cs.load_run(tmp_path / "run.old1"))
-    assert cs.load_run(tmp_path / "run.old2").config.lr_d == 1e-3
+def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_path):  # case 17
+    for answer, error in (
+        (lambda run: 1 / 0, ZeroDivisionError),
+        (lambda run: 7, AttributeError),
+        (lambda run: {"swd": "low"}, ValueError),
+    ):
+        with pytest.raises(error):
+            train(tiny, toys, tmp_path, on_epoch=answer)
+        assert step_of(tmp_path) == 2
 
-def test_more_epochs_go_on_where_the_rates_do_not_fall(tiny, toys, tmp_path, capsys):  # case 9
-    tiny = tiny.but(block_norm="both")
-    cs.train(tiny.but(epochs=2), toys, tmp_path / "run", progress=False)
-    for _ in range(2):  # also when the second half is interrupted
-        run = cs.train(tiny.but(epochs=4), toys, tmp_path / "run", progress=False, time_budget=0)
-    run = cs.train(tiny.but(epochs=4), toys, tmp_path / "run", progress=False)
-    whole = cs.train(tiny.but(epochs=4), toys, progress=False)
-    assert run.finished and not (tmp_path / "run.old1").exists()
-    assert all(map(torch.equal, whole.generator.state_dict().values(), run.generator.state_dict().values()))
-    cs.train(tiny, toys, tmp_path / "run", progress=False)  # fewer than there are
-    assert "epochs=4 there, 1 here" in capsys.readouterr().out
-    falling = tiny.but(lr_end=0.1)
-    cs.train(falling, toys, tmp_path / "falls", progress=False)
-    cs.train(falling.but(epochs=2), toys, tmp_path / "falls", progress=lambda n: print("begins"))
-    said = capsys.readouterr().out
-    assert said.index("epochs=1 there, 2 here") < said.index("begins")
+    def on_epoch(run):
+        return {"swd": np.float32(7)}
 
-@pytest.mark.parametrize("images, words", [
-    ("photos/", "'photos/'"), (torch.zeros(99, 3, 16, 16), "float32"), (cs.toy_faces(99, 32), "32, 32"),
-    (cs.toy_faces(9, 16), "batch_size=16"), (None, "None")])
-def test_wrong_images_are_named_with_what_was_expected(tiny, images, words):  # case 10
-    with pytest.raises(ValueError, match=words) as error:
-        cs.train(tiny, images)
-    assert "expected a torch.uint8 tensor (N, 3, 16, 16)" in str(error.value)
-    assert tiny.but(epoch_images=np.int64(64)).epoch_images == 64
+    run = train(tiny, toys, tmp_path, on_epoch=on_epoch)
+    saved = cs.load_run(tmp_path)
+    assert run.finished and same_run(run, saved)
+    assert type(saved.history[-1]["swd"]) is float
+    assert train(tiny, toys, on_epoch=print).finished
 
-def test_loss_that_is_not_finite_ends_in_its_message(tiny, toys, tmp_path, capsys, monkeypatch):  # case 13
-    tiny, step = tiny.but(epochs=3), cs.g_step
-    cs.train(tiny, toys, tmp_path / "run", progress=False, time_budget=0)
-    good = (tmp_path / "run" / "run.pt").read_bytes()
-    def broken(discriminator, *rest):
-        with torch.no_grad():
-            discriminator.to_logit.weight.fill_(math.nan)
+
+def test_wrong_images_are_named_with_what_was_expected(tiny, toys):  # case 9
+    for images, words in (
+        ("photos/", "str.* photos/"),
+        (None, "NoneType"),
+        (toys.float(), "float32"),
+        (toys.numpy(), "are uint8"),
+        (toys[:, :, 1:], "3, 15, 16"),
+        (toys[:9], "9, 3, 16, 16.* batch_size=16"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            train(tiny, images)
+        assert "expected torch.uint8 (N, 3, 16, 16)" in str(error.value)
+
+
+def test_loss_that_is_not_finite_ends_in_its_message(tiny, toys, tmp_path, capsys, monkeypatch):
+    train(tiny, toys, tmp_path)  # case 12
+    good = (tmp_path / "run.pt").read_bytes()
+    step = cs.g_step
+
+    def break_down(discriminator, *rest):
+        discriminator.to_logit.weight.data.fill_(math.nan)
         return step(discriminator, *rest)
-    monkeypatch.setattr(cs, "g_step", broken)
-    run = cs.train(tiny, toys, tmp_path / "run", progress=False, save_every=0)
-    assert "not finite" in run.stopped and not run.finished
-    assert "not finite" in capsys.readouterr().out and (tmp_path / "run" / "run.pt").read_bytes() == good
+
+    monkeypatch.setattr(cs, "g_step", break_down)
+    run = train(tiny.but(epochs=2), toys, tmp_path, save_every=0)
+    assert not run.finished and "not finite" in run.stopped
+    assert "stopped at step 3 of 4" in capsys.readouterr().out
+    assert (tmp_path / "run.pt").read_bytes() == good
+
 
 def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
-    run = cs.train(tiny, toys, tmp_path / "run", progress=False, save_every=0)
-    assert run.finished and "No space left" in capsys.readouterr().out
-    assert not [*(tmp_path / "run").iterdir()]
-    with pytest.raises(FileNotFoundError, match="Train one"):
-        cs.load_run(tmp_path / "run")
+    def fill_up(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    run = train(tiny, toys, tmp_path, save_every=0)
+    assert run.history[-1]["epoch"] == 1 and "No space left" in run.stopped
+    assert "step 1 is not saved" in capsys.readouterr().out and not os.listdir(tmp_path)
+
+
+def test_committed_generator_makes_faces():
+    run = cs.load_run(Path(__file__).parents[1] / "results/generators/converged")
+    images = cs.sample(run, 4)
+    red, green, blue = images.float().mean(dim=(0, 2, 3))  # of skin
+    assert images.shape == (4, 3, 128, 128) and images.float().std() > 20
+    assert red > green > blue
+
 
 # ---- many runs side by side
 @pytest.fixture
@@ -180,60 +298,95 @@ def photos(tmp_path, monkeypatch, toys):
     """A folder of pictures, whose cache will not lie in the home of whoever runs the tests."""
     monkeypatch.setenv("HOME", str(tmp_path))  # of the workers
     monkeypatch.setattr(cs.load_faces, "__defaults__", (tmp_path / ".cache/cspgan",))
-    (tmp_path / "photos").mkdir()
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for k, image in enumerate(toys[:200]):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"photos/{k}.png")
-    return tmp_path / "photos"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
+    return folder
 
-def meanwhile(condition, action):
-    """In a thread: the action, as soon as the condition holds."""
+
+def once_there(folders, action):
+    """In a thread: the action, as soon as all folders exist."""
+
     def follow():
-        while not condition():
-            time.sleep(0.1)
+        wait_for(lambda: all(map(os.path.exists, folders)))
         action()
+
     threading.Thread(target=follow, daemon=True).start()
 
-def test_many_runs_one_of_which_fails_and_one_of_which_dies(tiny, tmp_path, photos, capsys):
-    good, dies, bad = [tmp_path / f"good{k}" for k in range(3)], tmp_path / "dies", tmp_path / "bad"
-    jobs = [(tiny.but(seed=k, epochs=6), folder) for k, folder in enumerate(good)]
-    jobs = [jobs[0], (tiny.but(epochs=99999), dies), *jobs[1:],  # dies: in the second process
-            (tiny.but(batch_size=500, epoch_images=None), bad)]
-    meanwhile(lambda: dies.exists() and (good[0] / "run.pt").exists(), lambda: os.kill(
-        max(multiprocessing.active_children(), key=lambda p: p._identity).pid, signal.SIGKILL))
-    reasons = cs.train_all(jobs, photos, measured_on=16, workers=2)
-    assert reasons.keys() == {str(dies), str(bad)} and "terminated" in reasons[str(dies)]
-    assert "expected a torch.uint8 tensor" in reasons[str(bad)]
-    said = capsys.readouterr().out
-    assert said.count("Decoding") == 1 and f"{bad}: ValueError" in said
-    runs = [cs.load_run(folder) for folder in good]
-    assert all(run.finished and "swd" in run.history[-1] for run in runs)
-    assert all(run.environment["hardware"] == "1 CPU core" for run in runs)
-    faces = cs.hold_out(cs.load_faces(photos, 16, tmp_path / "cache"))[0]
-    assert same_run(cs.train(jobs[0][0], faces, progress=False), runs[0], watched=True)
 
-def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path, photos, capsys):
-    jobs = [(tiny.but(seed=k, epochs=99999), tmp_path / f"{k}") for k in range(2)]
-    folders = [folder for _, folder in jobs]
-    meanwhile(lambda: all(folder.exists() for folder in folders), lambda: (
-        time.sleep(1), os.kill(os.getpid(), signal.SIGINT)))
+def are_as_trained_alone(jobs, photos):
+    faces, held_out = cs.load_faces(photos, 16)
+    for config, folder in jobs:
+        alone = train(config, faces, on_epoch=cs.watch(held_out, 16))
+        assert same_run(alone, cs.load_run(folder))
+
+
+def kill_workers():
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def test_one_run_fails_and_one_is_killed(tiny, tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(cs, "usable_cores", lambda: 1)
+    bad, first, killed, last = (str(tmp_path / name) for name in ("bad", "1st", "killed", "last"))
+    jobs = [(tiny, first), (tiny.but(epochs=9), killed), (tiny.but(seed=2), last)]
+    all_jobs = [(tiny.but(batch_size=500, epoch_images=0), bad), *jobs]
+    once_there([killed], kill_workers)
+    reasons = cs.train_all(all_jobs, photos, measured_on=16)
+    assert reasons.keys() == {bad, killed, last}
+    assert "batch_size=500" in reasons[bad] and "a worker died" in reasons[killed]
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: server)
+    reasons = cs.train_all(all_jobs, photos, measured_on=16)
+    assert reasons.keys() == {bad}
+    are_as_trained_alone(jobs, photos)
+
+
+def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(cs, "usable_cores", lambda: 2)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: server)
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    jobs = [(tiny.but(epochs=2000), folder) for folder in folders]
+
+    def interrupt():
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    once_there(folders, interrupt)
     with pytest.raises(KeyboardInterrupt, match="SIGINT"):
-        cs.train_all(jobs, photos, measured_on=16, workers=2)
-    steps = steps_of(*folders)
-    assert all(0 < step < 199998 for step in steps)
-    assert cs.train_all(jobs[:1], photos, time_budget=0, workers=1) == {str(folders[0]): "time"}
-    assert steps_of(folders[0])[0] > steps[0] and "loaded at" not in capsys.readouterr().out
+        cs.train_all(jobs, photos, measured_on=16)
+    steps = [step_of(folder) for folder in folders]
+    assert min(steps) > 0
+    late = tmp_path / "late"
+    with futures.ThreadPoolExecutor(1) as executor:
+        reasons = cs.train_all([*jobs, (tiny, late)], photos, executor, 16, time_budget=0)
+    assert reasons == dict.fromkeys([*folders, str(late)], "time")
+    assert steps == [step_of(folder) for folder in folders] and not late.exists()
+    with pytest.raises(ValueError, match="folder of 2 runs"):  # case 18
+        cs.train_all([(tiny, folders[0]), (tiny, f"{folders[0]}/")], photos)
 
-def test_workers_end_with_a_parent_that_is_killed(tiny, tmp_path, photos):
-    folder, spawn = tmp_path / "run", multiprocessing.get_context("spawn")
-    parent = spawn.Process(target=cs.train_all, args=([(tiny.but(epochs=99999), folder)], photos),
-                           kwargs={"measured_on": 16, "workers": 1})
-    parent.start()
-    while not folder.exists():
-        time.sleep(0.1)
-    time.sleep(1)
-    parent.kill()
-    for _ in range(100):
-        if (folder / "run.pt").exists():
-            break
-        time.sleep(0.2)
-    assert steps_of(folder)[0] > 0  # saved, and ended
+
+def test_dask_is_an_executor_too(tiny, tmp_path, photos):
+    distributed = pytest.importorskip("distributed")
+    jobs = [(tiny.but(seed=k), tmp_path / str(k)) for k in range(3)]
+    bad = tiny.but(batch_size=500, epoch_images=0)
+    all_jobs = [(bad, str(tmp_path / "bad")), *jobs]
+    with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+        reasons = cs.train_all(all_jobs, photos, client.get_executor(), measured_on=16)
+    assert list(reasons) == [str(tmp_path / "bad")] and "batch_size=500" in str(reasons)
+    are_as_trained_alone(jobs, photos)
+
+
+SCRIPT = """
+import cspgan as cs
+config = cs.BASELINE.but(image_size=16, width=16)
+print(cs.train_all([(config, "run")], None))
+"""
+
+
+def test_script_without_the_guard_is_told_so(tmp_path):  # case 30
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    paths = {**os.environ, "PYTHONPATH": str(Path(cs.__file__).parent)}
+    said = subprocess.check_output([sys.executable, script], cwd=tmp_path, env=paths, text=True)
+    assert "'run': 'a worker died" in said and "without `if __name__ ==" in said
