@@ -854,11 +854,11 @@ def train(
     training = open_training(config, images, folder)
     run = Run(config, training.history, training.kept, training.snapshots, training.environment)
     window = max(1, training.steps // 200)  # steps between two records
-    first_step = training.step
+    opened = (training.step, len(training.snapshots))
     saved = time.monotonic()
     deadline = saved + 3600 * time_budget
     with stop_signals() as signals, progress_bar(training.steps, name, progress) as bar:
-        bar.update(first_step)
+        bar.update(training.step)
         while True:
             if training.is_unseen():
                 look_safely(training, run, on_epoch, folder)
@@ -872,7 +872,7 @@ def train(
             if time.monotonic() - saved > save_every:
                 save(training, folder)
                 saved = time.monotonic()
-        if training.step > first_step:
+        if opened != (training.step, len(training.snapshots)):
             problem = save(training, folder)
             run.stopped = run.stopped or problem
     if run.stopped:
