@@ -1122,8 +1122,15 @@ def worker_processes():
         executor.shutdown(cancel_futures=True)
 
 
+def end_with_parent():
+    """In a thread of a worker: when its parent is killed, it saves its run and ends."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def begin_worker(slots, on_gpu):
     """What a process of `worker_processes` does first."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all; the parent ends the others
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
     slot = slots.get()
@@ -1639,9 +1646,12 @@ def plot_losses(run: Run, title: str = "losses") -> Figure:
     plot_history(alarm, run, "diversity (real: 1; red: collapse)", diversity="256 samples")
     fair = LOSSES[run.config.loss].equilibrium(run.config.label_smoothing)
     for level, line in zip(fair or (), list(losses.lines)):
-        losses.axhline(level, color=line.get_color(), ls="--")  # where it should come to
+        losses.axhline(level, color=line.get_color(), ls="--", label=f"equilibrium, {level:.2f}")
+    losses.legend(fontsize=8)
+    losses.set_ylim(0)
     alarm.axhline(1, ls="--")
     alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
+    alarm.set_ylim(0)
     return figure
 
 
@@ -1649,10 +1659,10 @@ def plot_history(ax, run, title, **labels):
     """Numbers of the history, each with its label, over the images seen."""
     for name, label in labels.items():
         records = [record for record in run.history if name in record]
-        images = [record["images"] for record in records]
-        ax.plot(images, [record[name] for record in records], label=label)
-    ax.set(title=title, xlabel="images seen")
-    ax.legend()
+        images = [record["images"] / 1000 for record in records]
+        ax.plot(images, [record[name] for record in records], ".-", ms=3, lw=1, label=label)
+    ax.set(title=title, xlabel="thousand images seen")
+    ax.legend(fontsize=8)
 
 
 # -------------------------------------------------------------------------------- faster penalties
