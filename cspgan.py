@@ -1357,9 +1357,7 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
     others come, and so do its copies.
     """
     if source is None:
-        images = toy_faces(4096, size)
-        held = torch.tensor([content_hash(image.numpy()) < 0.1 for image in images])  #         (N,)
-        return images[~held], images[held]
+        return drawn_faces(size)
     faces = Faces(source, size)
     check(faces.names, f"{what_is_in(faces)}. {HOW_TO_GET_FACES}")
     state = repr((sorted(faces.states.items()), "decoder 4"))
@@ -1380,6 +1378,14 @@ def load_faces(source, size, cache_dir=CACHE_DIR) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(pixels).view(-1, 3, faces.size, faces.size)
     n = int((cache / "to_train_on.txt").read_text())
     return images[:n], images[n:]
+
+
+@functools.lru_cache(1)  # for the many runs of a worker
+def drawn_faces(size):
+    """4,096 procedural faces, as `load_faces` gives them."""
+    images = toy_faces(4096, size)
+    held = torch.tensor([content_hash(image.numpy()) < 0.1 for image in images])  #             (N,)
+    return images[~held], images[held]
 
 
 def decode_all(faces, folder):
