@@ -39,7 +39,7 @@ def trial(config, faces, held_out):
             training.record()
     means[0] = training.generator  # no mean
     record = cs.evaluate(as_run(training, training.kept), held_out, faces)
-    record["history"] = training.history
+    record["history"] = training.run.history
     record["running mean"] = {}
     real = cs.pick(held_out, record["measured_on"])  # what evaluate has measured on
     for life, mean in means.items():
@@ -49,7 +49,7 @@ def trial(config, faces, held_out):
 
 
 def as_run(training, generator):
-    return cs.Run(training.config, training.history, generator, [], training.environment)
+    return cs.Run(training.config, training.run.history, generator, [], training.run.environment)
 
 
 def draw(found):

@@ -106,7 +106,7 @@ def first(source, size, width, power, steps):
         seen["largest_d"] = 0.0
         training.advance()
         training.record()
-        last = training.history[-1]
+        last = training.run.history[-1]
         row = {key: last[key] for key in ("step", "d_loss", "g_loss", "penalty")}
         rows.append({**row, **seen})
     return {
@@ -116,7 +116,7 @@ def first(source, size, width, power, steps):
         "batch_size": 8,
         "steps": rows,
         "seconds": time.monotonic() - began,
-        **training.environment,
+        **training.run.environment,
     }
 
 

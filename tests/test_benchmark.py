@@ -41,7 +41,7 @@ def test_reference_loop_takes_the_module_s_steps(recipe, tmp_path):
     for _ in range(3):
         training.advance()
         training.record()
-        wanted = [training.history[-1][name] for name in STATS]
+        wanted = [training.run.history[-1][name] for name in STATS]
         real = cs.to_network(faces[training.order], config)  # a batch of all there are
         assert reference.learn(real) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 

@@ -127,7 +127,7 @@ def finish(config, toys, skipped=()):
         second.advance()
     second.record()
     weights = (*second.kept.state_dict().values(), *second.discriminator.state_dict().values())
-    return {**second.history[0], "seconds": 0}, [weight.sum().item() for weight in weights]
+    return {**second.run.history[0], "seconds": 0}, [weight.sum().item() for weight in weights]
 
 
 def test_every_part_of_a_checkpoint_is_needed(config, toys):
@@ -166,10 +166,10 @@ def test_more_epochs_go_on_where_the_rates_do_not_fall(tiny, toys, tmp_path):  #
     run = train(tiny.but(epochs=4), toys, tmp_path / "run")
     whole = train(tiny.but(epochs=4), toys)
     assert run.finished and same_run(whole, run)
-    with pytest.raises(ValueError, match=r"'epochs': \(4, 2\)"):
+    with pytest.raises(ValueError, match="epochs: 4 there, 2 here"):
         train(tiny.but(epochs=2), toys, tmp_path / "run")
     train(tiny.but(lr_end=0.1), toys, tmp_path / "falls")
-    with pytest.raises(ValueError, match=r"'epochs': \(1, 2\)"):
+    with pytest.raises(ValueError, match="epochs: 1 there, 2 here"):
         train(tiny.but(lr_end=0.1, epochs=2), toys, tmp_path / "falls")
 
 
@@ -194,9 +194,9 @@ def test_another_run_in_the_folder_is_refused_and_stays(tiny, toys, tmp_path, mo
     run = train(tiny, toys, "~/gan/run")
     file = tmp_path / "gan/run/run.pt"
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"'lr_d': \(0.0002, 0.001\)"):
+    with pytest.raises(ValueError, match="lr_d: 0.0002 there, 0.001 here"):
         train(tiny.but(lr_d=1e-3), toys, "~/gan/run")
-    with pytest.raises(ValueError, match="'data': "):
+    with pytest.raises(ValueError, match="data: "):
         train(tiny, toys.flip(3), "~/gan/run")
     assert os.listdir(file.parent) == ["run.pt"] and file.read_bytes() == before
     assert same_run(run, cs.load_run("~/gan/run"))
@@ -326,7 +326,7 @@ def kill_workers():
 
 
 def test_one_run_fails_and_one_is_killed(tiny, tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(cs, "usable_cores", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     bad, first, killed, last = (str(tmp_path / name) for name in ("bad", "1st", "killed", "last"))
     jobs = [(tiny, first), (tiny.but(epochs=9), killed), (tiny.but(seed=2), last)]
     all_jobs = [(tiny.but(batch_size=500, epoch_images=0), bad), *jobs]
@@ -355,10 +355,10 @@ def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path, p
     jobs = [(tiny.but(epochs=2000), folder) for folder in folders]
     once_there([f"{folder}/trains" for folder in folders], interrupt)
     with monkeypatch.context() as patch:
-        patch.setattr(cs, "usable_cores", lambda: 2)
+        patch.setattr(torch, "get_num_threads", lambda: 2)
         patch.setattr(cs, "train_job", marked_job)
         patch.setattr(multiprocessing, "get_context", lambda kind: server)
-        with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        with pytest.raises(KeyboardInterrupt):
             cs.train_all(jobs, photos)
     steps = [step_of(folder) for folder in folders]
     assert min(steps) >= 2

@@ -291,7 +291,7 @@ def test_records_are_means_of_the_steps_that_are_finite(tiny, toys):
     training.recent = [torch.tensor(row) for row in rows]
     training.step = 5
     training.record()
-    record = training.history[0]
+    record = training.run.history[0]
     means = [record[name] for name in ("d_loss", "d_real", "d_fake", "penalty", "g_loss")]
     assert means == pytest.approx([2, 2, 4, 4, math.nan], nan_ok=True)
     assert (record["step"], record["images"], record["epoch"]) == (5, 80, 2.5)
