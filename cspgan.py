@@ -845,9 +845,7 @@ def train(
     an epoch's end also has diversity (of 256 samples; near 0 is collapse), grad_d (`gradient_size`)
     and what on_epoch found.
     """
-    folder = None
-    if run_dir is not None:
-        folder = Path(run_dir).expanduser()
+    folder = Path(run_dir).expanduser() if run_dir else None
     name = folder or config.label()
     training = open_training(config, images, folder)
     run = training.run
@@ -1057,22 +1055,14 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
         load_faces(source, size)  # decoded once, not by each of the processes
     deadline = time.time() + 3600 * time_budget
     reasons = {}
-    workers = executor or worker_processes()
-    try:
+    pool = contextlib.nullcontext(executor) if executor else worker_processes()
+    with pool as workers:
         folders = {}
         for config, folder in jobs:
             future = workers.submit(train_job, config, folder, source, measured_on, deadline)
             folders[future] = str(folder)
         for future in tqdm(futures.as_completed(folders), "runs", len(jobs)):
             reasons[folders[future]] = why_unfinished(future)
-    except BaseException:  # Ctrl-C, which may have come to this process alone
-        if executor is None:
-            for process in multiprocessing.active_children():
-                process.terminate()  # SIGTERM: `train` saves its run
-        raise
-    finally:
-        if executor is None:
-            workers.shutdown(cancel_futures=True)
     return {folder: reason for folder, reason in reasons.items() if reason}
 
 
@@ -1095,6 +1085,7 @@ def why_unfinished(future):
         return describe(error)
 
 
+@contextlib.contextmanager
 def worker_processes():
     """An executor with a process for each GPU, or else for each CPU core that may be used."""
     n = torch.get_num_threads()  # the cores that this process may use
@@ -1104,7 +1095,15 @@ def worker_processes():
     slots = spawn.SimpleQueue()
     for slot in range(n):
         slots.put(slot)
-    return futures.ProcessPoolExecutor(n, spawn, begin_worker, (slots,))
+    executor = futures.ProcessPoolExecutor(n, spawn, begin_worker, (slots,))
+    try:
+        yield executor
+    except BaseException:  # Ctrl-C, which may have come to this process alone
+        for process in multiprocessing.active_children():
+            process.terminate()  # SIGTERM: `train` saves its run
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def begin_worker(slots):
