@@ -538,6 +538,8 @@ PRESETS = {
     "slow_d_equal_rates": TANH_BN,  # no student's: is it the slow D, or the rest?
     "unit_range": TANH_BN.but(lr_d=2e-5, head="sigmoid"),
     "dcgan": BASELINE.but(generator="dcgan", lr_g=1e-4, lr_d=1e-4),
+    # The control: DCGAN as published (arXiv 1511.06434).
+    "dcgan_paper": BASELINE.but(generator="dcgan", head="tanh", loss="bce_logits"),
     # What the others tried, each alone.
     "bce_logits": BASELINE.but(loss="bce_logits"),
     "lazy_d": BASELINE.but(d_every=2),

@@ -35,6 +35,7 @@ slow_d: {TANH_BN}, lr_d=2e-05
 slow_d_equal_rates: {TANH_BN}
 unit_range: {TANH.format("right")}, lr_d=2e-05
 dcgan: generator=dcgan, lr_g=0.0001, lr_d=0.0001
+dcgan_paper: head=tanh, generator=dcgan, loss=bce_logits
 bce_logits: loss=bce_logits
 lazy_d: d_every=2
 shallow_d: d_fewer=1

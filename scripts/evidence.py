@@ -1,0 +1,163 @@
+"""The runs behind the report: the path to `converged`, additions and claims, from several seeds.
+
+    python scripts/evidence.py faces.zip              # all of them; about 40 hours of one CPU core
+    python scripts/evidence.py faces.zip path_3_pace  # some of them
+
+At 64 px and width 128, with half the presets' batch and 25,600 images in an epoch. They train side
+by side in results/latest/evidence/NAME/seedK, and the same call goes on where it was stopped.
+What is finished is measured and filed: a record in results/table.json, and history.json,
+losses.png and samples.png (24 samples, pixel for pixel) in results/runs/NAME/seedK.
+At the end results/figures/path.png is drawn from what is on file.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import cspgan as cs  # noqa: E402
+
+RUNS = ROOT / "results" / "latest" / "evidence"
+RESULTS = ROOT / "results"
+TABLE = RESULTS / "table.json"
+H1 = cs.PRESETS["h1_bn_leaky"]
+CONVERGED = cs.PRESETS["converged"]
+
+RECIPES = {}
+
+# The path from h1_bn_leaky to converged: each step on top of the last.
+step = H1.but(head="tanh", loss="bce_logits")
+RECIPES["path_1_tanh_logits"] = step
+step = step.but(d_norm=False, init="he", r1=2.0, r2=2.0)
+RECIPES["path_2_penalties"] = step
+step = step.but(beta1=0.0, beta2=0.9, lr_g=2e-3, lr_d=2e-3, lr_width=64, lr_end=0.1)
+RECIPES["path_3_pace"] = step
+step = step.but(d_wider=2)
+RECIPES["path_4_wide_d"] = step
+step = step.but(ema_images=20_000)
+RECIPES["path_5_ema"] = step
+RECIPES["h1_bn_leaky"] = H1
+RECIPES["dcgan_paper"] = cs.PRESETS["dcgan_paper"]
+
+# Parts of converged, which is within a fifth of itself without them.
+RECIPES["converged"] = CONVERGED
+RECIPES["without_he"] = CONVERGED.but(init="dcgan")
+RECIPES["without_ema"] = CONVERGED.but(ema_images=0)
+RECIPES["without_bn_in_g"] = CONVERGED.but(block_norm="none")
+RECIPES["without_flip"] = CONVERGED.but(flip=False)
+RECIPES["without_pairs"] = CONVERGED.but(loss="bce_logits")
+RECIPES["cspup_last"] = CONVERGED.but(ladder="cspup_last")
+
+# Additions, each alone on h1_bn_leaky; two seeds each, as those below.
+RECIPES["h1_with_penalties"] = H1.but(d_norm=False, r1=2.0, r2=2.0)
+RECIPES["h1_with_wide_d"] = H1.but(d_wider=2)
+RECIPES["h1_with_pairs"] = H1.but(loss="relativistic")
+RECIPES["h1_with_falling_rates"] = H1.but(lr_end=0.1)
+RECIPES["h1_with_ema"] = H1.but(ema_images=20_000)
+
+# The course's claims, where they can be decided.
+RECIPES["h1_bce_logits"] = H1.but(loss="bce_logits")
+RECIPES["h1_lazy_d"] = H1.but(d_every=2)
+RECIPES["h1_shallow_d"] = H1.but(d_fewer=1)
+RECIPES["h1_half_batch"] = H1.but(batch_size=64)
+RECIPES["h1_adam_default"] = H1.but(beta1=0.9)
+
+SHOWN = {  # the rows of path.png
+    "h1_bn_leaky": "the course's h1",
+    "path_1_tanh_logits": "+ tanh, BCE from logits",
+    "path_2_penalties": "+ R1, R2; D without BatchNorm; He's weights",
+    "path_3_pace": "+ Adam (0, 0.9), 2e-3, falling",
+    "path_4_wide_d": "+ D twice as wide",
+    "path_5_ema": "+ running mean of G",
+    "converged": "+ pairs, mirrored faces",
+}
+
+
+def jobs_of(names):
+    """[(name, config, folder)] of each seed, the first seeds first."""
+    jobs = []
+    for seed in range(3):
+        for name in names:
+            if seed == 2 and name.startswith("h1_") and name != "h1_bn_leaky":
+                continue
+            config = RECIPES[name].but(image_size=64, width=128, epoch_images=25_600, seed=seed)
+            config = config.but(batch_size=config.batch_size // 2)
+            jobs.append((name, config, RUNS / name / f"seed{seed}"))
+    return jobs
+
+
+def file_run(name, folder, faces, held_out, data):
+    """Copy what a finished run left to results/, and its record to the table."""
+    run = cs.load_run(folder)
+    record = {"preset": name, "data": data, **cs.evaluate(run, held_out, faces, 900)}
+    target = RESULTS / "runs" / name / folder.name
+    target.mkdir(parents=True, exist_ok=True)
+    about = {"config": vars(run.config), "environment": run.environment, "history": run.history}
+    (target / "history.json").write_text(json.dumps(about, allow_nan=False))
+    cs.plot_losses(run).savefig(target / "losses.png")
+    save_samples(run.snapshots[-1][1][:24], target / "samples.png")
+    table = [other for other in json.loads(TABLE.read_text()) if not is_same(other, record)]
+    TABLE.write_text(json.dumps([*table, record], indent=1, allow_nan=False))
+
+
+def is_same(a, b):
+    names = ("preset", "seed", "data", "image_size", "width", "images_seen")
+    return all(a[name] == b[name] for name in names)
+
+
+def save_samples(images, path):
+    grid = make_grid(images, 12, padding=0).permute(1, 2, 0)  #                     (2 S, 12 S, 3)
+    Image.fromarray(grid.numpy()).save(path)
+
+
+def draw_path(path):
+    """A row of samples for each step of the path; SWD by scale beside it, a point for each seed."""
+    table = json.loads(TABLE.read_text())
+    figure = Figure((15, 1.15 * len(SHOWN) + 0.9), layout="constrained", dpi=90)
+    axes = figure.subplots(len(SHOWN), 2, width_ratios=(10, 5), squeeze=False)
+    for (rows, swd), (name, words) in zip(axes, SHOWN.items()):
+        samples = Image.open(RESULTS / "runs" / name / "seed0" / "samples.png").convert("RGB")
+        rows.imshow(np.asarray(samples)[:64])
+        rows.set(xticks=[], yticks=[])
+        rows.set_title(words, loc="left", fontsize=12)
+        records = [record for record in table if record["preset"] == name]
+        draw_swd(swd, [record for record in records if record["image_size"] == 64])
+    axes[0, 1].set_title("SWD by scale, a point a seed, log scale; real faces: dashes", fontsize=11)
+    axes[-1, 1].set_xlabel("lower is better")
+    figure.savefig(path)
+
+
+def draw_swd(ax, records):
+    for y, scale in enumerate(("64", "32", "16")):
+        values = [record["swd"][scale] for record in records]
+        ax.plot(values, [y] * len(values), f"C{y}o", alpha=0.7)
+        ax.plot(records[0]["swd_floor"][scale], y, "k|", ms=14, mew=2)
+    ax.set(xscale="log", xlim=(5, 400), ylim=(2.6, -0.6))
+    ax.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+    ax.set_yticks(range(3), ["64 px", "32 px", "16 px"])
+    ax.grid(axis="x", alpha=0.3)
+
+
+def main(source, *names):
+    unknown = set(names) - set(RECIPES)
+    cs.check(not unknown, f"{unknown}: expected some of {list(RECIPES)}")
+    jobs = jobs_of(names or RECIPES)
+    to_train = [(config, folder) for _, config, folder in jobs]
+    unfinished = cs.train_all(to_train, source, measured_on=900)
+    faces, held_out = cs.load_faces(source, 64)
+    for name, _, folder in jobs:
+        if str(folder) in unfinished:
+            print(f"{folder}: not finished, {unfinished[str(folder)]}")
+        else:
+            file_run(name, folder, faces, held_out, Path(source).name)
+    draw_path(RESULTS / "figures" / "path.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
