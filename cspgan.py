@@ -3,7 +3,8 @@
 At 128 px and width 1024, after 20 epochs of 25,600 images (4.3 minutes on one H100), the recipe
 `converged` has a sliced Wasserstein distance of 11.6; the best of the course's five recipes,
 `h3_smooth_tanh`, has 45.1, real faces have 8.8 (lower is better; one seed; results/full_size.json).
-At 64 px and width 128 it has 16.9 +- 1.1 over three seeds, real faces 9.9 (results/table.json).
+At 64 px and width 128 `converged` has 16.9 +- 1.1 over three seeds, real faces 9.9
+(results/table.json).
 
     faces, held_out = load_faces("photos.zip", size=64)
     config = PRESETS["converged"].but(image_size=64, width=128)
@@ -69,8 +70,8 @@ class CSPup(nn.Module):
     the output (after arXiv 1911.11929). The two deconvolutions have weights of their own.
 
     act: makes an activation, like nn.ReLU.
-    norm: "none", "right" (BatchNorm after the first two convolutions of the right branch) or "both"
-        (after all three, and after the left deconvolution).
+    norm: "none", "right" (BatchNorm after the first two convolutions of the right branch, the
+        deconvolution not counted) or "both" (after all three, and after the left deconvolution).
     kernel, stride, padding: of both deconvolutions. 4, 2, 1 doubles; 4, 1, 0 opens 1x1 to 4x4.
     """
 
@@ -78,7 +79,7 @@ class CSPup(nn.Module):
         self, in_channels, out_channels, act=nn.ReLU, norm="none", kernel=4, stride=2, padding=1
     ):
         super().__init__()
-        if in_channels < 2 or norm not in ("none", "right", "both"):
+        if in_channels < 2 or norm not in ("none", "right", "both"):  # no `check`: it is pasted
             raise ValueError(f"{in_channels=}, {norm=}: expected 2 or more; none, right or both")
         left = in_channels // 2
         right = in_channels - left
@@ -229,8 +230,9 @@ def init_he(network, seed):
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             variance = 2 / (layer.in_channels * layer.kernel_size[0] ** 2)
             if isinstance(layer, nn.ConvTranspose2d):
-                overlap = layer.kernel_size[0] // layer.stride[0]  # inputs that meet, by side
-                if layer.padding[0] == 0:  # none do where 1x1 opens to 4x4, or to 2x2
+                # Inputs that reach one pixel of the output, along a side. 1x1 opens without padding.
+                overlap = layer.kernel_size[0] // layer.stride[0]
+                if layer.padding[0] == 0:
                     overlap = 1
                 variance = 1 / (layer.in_channels * overlap**2)
             nn.init.normal_(layer.weight, 0, math.sqrt(variance), generator=random)
@@ -535,7 +537,7 @@ PRESETS = {
     "low_lr": TANH_BN.but(lr_g=1e-5, lr_d=1e-5),
     "fast_d": TANH_BN.but(block_norm="both", lr_d=2e-3),
     "slow_d": TANH_BN.but(lr_d=2e-5),
-    "slow_d_equal_rates": TANH_BN,  # no student's: is it the slow D, or the rest?
+    "slow_d_equal_rates": TANH_BN,  # no student's: the control of slow_d, both rates 2e-4
     "unit_range": TANH_BN.but(lr_d=2e-5, head="sigmoid"),
     "dcgan": BASELINE.but(generator="dcgan", lr_g=1e-4, lr_d=1e-4),
     # The control: DCGAN as published (arXiv 1511.06434).
@@ -588,8 +590,8 @@ def make_discriminator(config: Config) -> nn.Module:
 
 def reads_input(name, layer):
     """Whether a layer of G or D reads z or RGB, so that its fan-in does not grow with the width."""
-    if name.startswith("stem"):  # where a CSPup's 3x3 convolutions read `width` channels
-        return layer.kernel_size != (3, 3)
+    if name.startswith("stem"):
+        return layer.kernel_size != (3, 3)  # those of a CSPup read `width` channels
     return name == "features.0"
 
 
@@ -803,11 +805,10 @@ def choose_precision(config, images, device):
     half = "float16"
     if torch.cuda.get_device_capability(device) >= (8, 0):
         half = "bfloat16"
-    exact, step = try_precision(config, images, device, "float32")
+    exact, step = try_precision(config, images, device, "float32")  # also tells the step of D
     if step is d_step and config.r1 + config.r2 > 0:
         return "float32"
     found, _ = try_precision(config, images, device, half)
-    torch.cuda.empty_cache()  # what was tried is gone, and `Training` looks at what is free
     if torch.allclose(found, exact, rtol=0.1, atol=0.1):  # false where one is nan
         return half
     losses = f"{found.tolist()} in {half}, {exact.tolist()} in float32"
@@ -820,8 +821,12 @@ def try_precision(config, images, device, precision):
     training = Training(config, images, device, precision)
     for _ in range(4):
         training.advance()
-    losses = torch.stack(training.recent)[:, [0, -1]].mean(0)  #                                (2,)
-    return losses.cpu(), training.chosen_d_step
+    losses = torch.stack(training.recent)[:, [0, -1]].mean(0).cpu()  #                          (2,)
+    step = training.chosen_d_step
+    del training
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the next `Training` looks at what is free
+    return losses, step
 
 
 def train(
@@ -842,7 +847,7 @@ def train(
     time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
     and then do what they always do. save_every: seconds that a crash may cost.
 
-    The history has 200 records or more, each the means over the steps since the one before: step,
+    The history has a record for each step, or some 200 to 400 of longer runs, each the means over the steps since the one before: step,
     epoch, images, seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits). The record at
     an epoch's end also has diversity (of 256 samples; near 0 is collapse), grad_d (`gradient_size`)
     and what on_epoch found.
@@ -851,7 +856,7 @@ def train(
     name = folder or config.label()
     training = open_training(config, images, folder)
     run = training.run
-    opened = (training.step, len(run.snapshots))
+    opened_at = (training.step, len(run.snapshots))
     window = max(1, training.steps // 200)  # steps between two records
     saved = time.monotonic()
     deadline = saved + 3600 * time_budget
@@ -859,6 +864,7 @@ def train(
     with stop_signals() as signals, bar:
         bar.update(training.step)
         while True:
+            # An epoch has ended that was not looked at; or its look failed, before a resume.
             if training.step // training.epoch_steps > len(run.snapshots):
                 look_safely(training, on_epoch, folder)
             run.stopped = reason_to_stop(training, signals, deadline)
@@ -871,11 +877,13 @@ def train(
             if time.monotonic() - saved > save_every:
                 save(training, folder)
                 saved = time.monotonic()
-        if opened != (training.step, len(run.snapshots)):
+        is_changed = (training.step, len(run.snapshots)) != opened_at
+        if is_changed:
             problem = save(training, folder)
             run.stopped = run.stopped or problem
         if run.stopped:
-            print(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped})")
+            where = f"{name}: stopped at step {training.step} of {training.steps}"
+            print(f"{where} ({run.stopped})", flush=True)  # a signal may end the process next
     return run
 
 
@@ -890,8 +898,9 @@ def look_safely(training, on_epoch, folder):
 
 def reason_to_stop(training, signals, deadline):
     """Why a training cannot or must not go on, or ""."""
-    for record in training.run.history[-1:]:
-        losses = record["d_loss"], record["g_loss"]
+    if training.run.history:
+        last = training.run.history[-1]
+        losses = last["d_loss"], last["g_loss"]
         if not np.isfinite(losses).all():
             return f"not finite: losses of D and G {losses}"
     if training.step < training.steps:
@@ -924,7 +933,7 @@ class Run:
 
 @torch.no_grad()
 def sample(run, n, seed=0):
-    """n images of the run's generator from noise of its own seed: uint8 (n, 3, S, S) on the CPU."""
+    """n images of the run's generator, from noise of a seed: uint8 (n, 3, S, S) on the CPU."""
     check(isinstance(n, numbers.Integral) and n > 0, f"{n=}: expected 1 image or more")
     generator = run.generator.eval()
     device = next(generator.parameters()).device
@@ -952,8 +961,8 @@ def open_training(config, images, folder):
     check(not differences, f"{folder} holds another run ({differences}): take another run_dir")
     training = Training(config, images, device, state["environment"]["precision"])
     training.load_state_dict(state)
-    environment = training.run.environment
-    print(f"{folder} [{config.label()}]: loaded at step {training.step}, {environment}")
+    where = f"{folder} [{config.label()}]: loaded at step {training.step}"
+    print(f"{where}, {training.run.environment}")
     return training
 
 
@@ -966,6 +975,8 @@ def read_checkpoint(folder):
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # whatever a damaged file raises
         if zipfile.is_zipfile(path):  # it is whole: memory is short, or another version wrote it
             raise
@@ -977,32 +988,37 @@ def read_checkpoint(folder):
 def identify(config, images):
     """What equal runs have in common: version, config, the images' shape, a hash of some."""
     size, n = config.image_size, config.batch_size
-    dtype, shape = getattr(images, "dtype", type(images)), getattr(images, "shape", images)
-    is_legal = dtype == torch.uint8 and shape[1:] == (3, size, size) and len(images) >= n
     expected = f"expected torch.uint8 (N, 3, {size}, {size}), N at least batch_size={n}"
-    check(is_legal, f"images are {dtype} {shape!s:.80}: {expected}, see load_faces")
+    is_tensor = isinstance(images, torch.Tensor)
+    check(is_tensor, f"images are {images!r:.80}: {expected}, see load_faces")
+    is_legal = images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)
+    found = f"{images.dtype} {tuple(images.shape)}"
+    check(is_legal and len(images) >= n, f"images are {found}: {expected}, see load_faces")
     some = images[:: max(1, len(images) // 256)].cpu().contiguous().numpy()
     data = f"{tuple(images.shape)} {hashlib.sha1(some.tobytes()).hexdigest()[:8]}"
     return {"version": VERSION, **dataclasses.asdict(config), "data": data}
 
 
 def save(training, folder):
-    """Write folder/run.pt. Returns, and prints, why it could not be, or "": the run goes on."""
+    """Write folder/run.pt. Returns, and prints, why it could not be written, or "".
+
+    It raises nothing: the training goes on, and there may be room the next time.
+    """
     weights = [*training.generator.parameters(), *training.discriminator.parameters()]
+    problem = ""
     if not all(weight.isfinite().all() for weight in weights):
-        return "weights are not finite; the last good file stays"
-    if folder is None:
-        return ""
-    part = folder / f"run.pt.part{os.getpid()}"
-    try:
-        torch.save(training.state_dict(), part)
-        part.replace(folder / "run.pt")  # whoever reads sees the old file or the new, never half
-        return ""
-    except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
-        part.unlink(missing_ok=True)
-        reason = f"step {training.step} is not saved in {folder}: {describe(error)}"
-        print(reason)
-        return reason
+        problem = "weights are not finite; the last good file stays"
+    elif folder:
+        part = folder / f"run.pt.part{os.getpid()}"
+        try:
+            torch.save(training.state_dict(), part)
+            part.replace(folder / "run.pt")  # whoever reads sees the old file or the new one
+        except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
+            part.unlink(missing_ok=True)
+            problem = f"step {training.step} is not saved in {folder}: {describe(error)}"
+    if problem:
+        print(problem)
+    return problem
 
 
 def load_run(folder):
@@ -1050,11 +1066,13 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
     Returns {folder: why it is not finished}. A run that fails costs no other. If a worker process
     dies, the pool ends: running jobs are saved, waiting ones do not start; call again. Ctrl-C and
     SIGTERM end the processes that are ours, and each saves its run first.
+    A process imports this module anew: it does not know a loss that a notebook's cell has added.
     """
     for folder, n in Counter(Path(folder).expanduser().resolve() for _, folder in jobs).items():
         check(n == 1, f"{folder} is the folder of {n} runs: expected one for each")
-    for size in {config.image_size for config, _ in jobs if source}:
-        load_faces(source, size)  # decoded once, not by each of the processes
+    if source:
+        for size in {config.image_size for config, _ in jobs}:
+            load_faces(source, size)  # decoded once, not by each of the processes
     deadline = time.time() + 3600 * time_budget
     reasons = {}
     pool = contextlib.nullcontext(executor) if executor else worker_processes()
@@ -1071,10 +1089,13 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
 def train_job(config, folder, source, measured_on, deadline):
     """One run of `train_all`: why it is not finished, or ""."""
     hours = (deadline - time.time()) / 3600
+    # A run that was begun is opened even then: it may be finished.
     if hours < 0 and not Path(folder).expanduser().exists():
         return "time"
     faces, held_out = load_faces(source, config.image_size)
-    return train(config, faces, folder, False, watch(held_out, measured_on), hours).stopped
+    on_epoch = watch(held_out, measured_on)
+    run = train(config, faces, folder, progress=False, on_epoch=on_epoch, time_budget=hours)
+    return run.stopped
 
 
 def why_unfinished(future):
@@ -1097,11 +1118,12 @@ def worker_processes():
     slots = spawn.SimpleQueue()
     for slot in range(n):
         slots.put(slot)
+    others = multiprocessing.active_children()
     executor = futures.ProcessPoolExecutor(n, spawn, begin_worker, (slots,))
     try:
         yield executor
     except BaseException:  # Ctrl-C, which may have come to this process alone
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - set(others):
             process.terminate()  # SIGTERM: `train` saves its run
         raise
     finally:
@@ -1110,12 +1132,13 @@ def worker_processes():
 
 def begin_worker(slots):
     """What a process of `worker_processes` does first."""
-    # Ctrl-C comes to all processes. After its run is saved, a worker ends and takes no other.
+    # Ctrl-C, which comes to all, is to end a worker after its run is saved (`stop_signals`). As
+    # KeyboardInterrupt it would end the job alone, and the worker would take the next one.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
     slot = slots.get()
-    if torch.cuda.is_available():
+    if best_device().type == "cuda":
         torch.cuda.set_device(slot)
 
 
@@ -1362,7 +1385,7 @@ def drawn_faces(size):
 def decode_all(faces, folder):
     """Write all pixels to folder/images.u8, those held out last, and the number of the others."""
     folder.mkdir()
-    need = len(faces) * 3 * faces.size**2 / 1e9
+    need = 1.2 * len(faces) * 3 * faces.size**2 / 1e9  # those held out are written twice
     free = shutil.disk_usage(folder).free / 1e9
     check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
     print("Decoding", what_is_in(faces))
@@ -1374,7 +1397,10 @@ def decode_all(faces, folder):
                 damaged.append(str(pixels))
                 continue
             hashes.append(content_hash(pixels))
-            if name[-10:] >= CELEBA_FIRST_TEST if is_celeba else hashes[-1] < 0.1:
+            is_held_out = hashes[-1] < 0.1
+            if is_celeba:
+                is_held_out = name[-10:] >= CELEBA_FIRST_TEST
+            if is_held_out:
                 held_out.write(pixels)
             else:
                 file.write(pixels)
@@ -1552,12 +1578,16 @@ def pick(images, n, seed=0):
 
 def measure(real, fake, seed=0):
     """Every metric of fake images against as many real ones. None where there is no number."""
-    spread = diversity(real, fake)
     return {
         "swd": sliced_wasserstein(real, fake, seed),
         "coverage": coverage(real, fake),
-        "diversity": None if math.isnan(spread) else spread,
+        "diversity": or_none(diversity(real, fake)),
     }
+
+
+def or_none(value):
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None
 
 
 def evaluate(run, held_out, others, n=1024, seed=0):
@@ -1577,8 +1607,8 @@ def evaluate(run, held_out, others, n=1024, seed=0):
         "seed": run.config.seed,
         "images_seen": last["images"],
         "seconds": last["seconds"],
-        "d_loss": last["d_loss"],
-        "g_loss": last["g_loss"],
+        "d_loss": or_none(last["d_loss"]),
+        "g_loss": or_none(last["g_loss"]),
         **measure(real, sample(run, n, seed), seed),
         "measured_on": n,
         "swd_floor": floor["swd"],
@@ -1660,15 +1690,16 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     convolution k, with weights W_k and biases b_k:
 
         v      grad_x D(x), the gradient that is penalised
-        x_k    what enters it when x goes through D
-        v_k    what enters it when v does, with the kinks of x and without biases
-        s_k    the gradient of D(x) by its output                                       (slope)
+        x_k    what enters convolution k when x goes through D
+        v_k    what enters convolution k when v goes through D, with the kinks of x, no biases
+        s_k    the gradient of D(x) by what convolution k gives
         w      the gradient of the loss by the logit D(x)
 
     Then dW_k is s_k (outer) w x_k for the loss, and s_k (outer) gamma v_k for the penalty
-    gamma/2 |v|^2, because a kink has no second derivative. Both are linear in what enters D, so one
-    pass of u = w x + gamma v serves for both: u_{k+1} = kinks(W_k u_k + w b_k), and then
-    dW_k = s_k (outer) u_k and db_k = w s_k.
+    gamma/2 |v|^2, because a kink has no second derivative. So dW_k = s_k (outer) u_k, where
+    u_k = w x_k + gamma v_k. One pass of u = w x + gamma v through D gives all of them:
+    u_{k+1} = kinks(W_k u_k + w b_k). Only x meets the biases, so they count w times in it, and
+    db_k = w s_k.
     Passes: x; back, for v and s; u; back, for the weights.
     """
     layers = linear_layers(discriminator)
@@ -1684,7 +1715,7 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
         for layer in layers:
             passed.append(layer(passed[-1]))
     logits = passed[-1].flatten().float()  #                                                   (2n,)
-    v, *slopes = torch.autograd.grad(logits.sum(), passed)  #                      as `passed`, each
+    v, *slopes = torch.autograd.grad(logits.sum(), passed)  #  each of the shape of one of `passed`
 
     # the loss, and w, its gradient by each logit
     logits = logits.detach().requires_grad_()  #                                               (2n,)
@@ -1696,7 +1727,8 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     gamma[:n] = config.r1 / n
     gamma[n:] = config.r2 / n
 
-    # u through D, at the kinks of x, and back from each convolution; slope: by what it gives
+    # u through D, at the kinks of x, and from each convolution back to its weights.
+    # before: what entered the layer; slope: the gradient of D(x) by what it gave.
     scaled_gamma = precision.scaler.scale(gamma)
     u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                              (2n, 3, S, S)
     for layer, before, slope in zip(layers, passed, slopes):
@@ -1741,4 +1773,7 @@ def gradient_of(step, discriminator, real, fake, config):
     twin = copy.deepcopy(discriminator)
     with torch.backends.cudnn.flags(enabled=False):  # its TF32 is off by about as much
         step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), real, fake, config)
+    for weight in twin.parameters():
+        if weight.grad is None:  # the linear form has not seen it
+            weight.grad = torch.zeros_like(weight)
     return torch.cat([weight.grad.flatten() for weight in twin.parameters()])

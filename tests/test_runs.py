@@ -243,7 +243,7 @@ def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_
 
 def test_wrong_images_are_named_with_what_was_expected(tiny, toys):  # case 9
     for images, words in (
-        ("photos/", "str.* photos/"),
+        ("photos/", "images are 'photos/'"),
         (None, "NoneType"),
         (toys.float(), "float32"),
         (toys.numpy(), "are uint8"),
