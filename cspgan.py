@@ -990,7 +990,7 @@ def identify(config, images):
     size, n = config.image_size, config.batch_size
     expected = f"expected torch.uint8 (N, 3, {size}, {size}), N at least batch_size={n}"
     is_tensor = isinstance(images, torch.Tensor)
-    check(is_tensor, f"images are {images!r:.80}: {expected}, see load_faces")
+    check(is_tensor, f"images are a {type(images)}: {expected}, see load_faces")
     is_legal = images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)
     found = f"{images.dtype} {tuple(images.shape)}"
     check(is_legal and len(images) >= n, f"images are {found}: {expected}, see load_faces")
