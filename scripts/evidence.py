@@ -7,15 +7,13 @@ At 64 px and width 128, with half the presets' batch and 25,600 images in an epo
 by side in results/latest/evidence/NAME/seedK, and the same call goes on where it was stopped.
 What is finished is measured and filed: a record in results/table.json, and history.json,
 losses.png and samples.png (24 samples, pixel for pixel) in results/runs/NAME/seedK.
-At the end results/figures/path.png is drawn from what is on file.
+`python scripts/figures.py` then draws results/figures/path.png.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -68,16 +66,6 @@ RECIPES["h1_shallow_d"] = H1.but(d_fewer=1)
 RECIPES["h1_half_batch"] = H1.but(batch_size=64)
 RECIPES["h1_adam_default"] = H1.but(beta1=0.9)
 
-SHOWN = {  # the rows of path.png
-    "h1_bn_leaky": "the course's h1",
-    "path_1_tanh_logits": "+ tanh, BCE from logits",
-    "path_2_penalties": "+ R1, R2; D without BatchNorm; He's weights",
-    "path_3_pace": "+ Adam (0, 0.9), 2e-3, falling",
-    "path_4_wide_d": "+ D twice as wide",
-    "path_5_ema": "+ running mean of G",
-    "converged": "+ pairs, mirrored faces",
-}
-
 
 def jobs_of(names):
     """[(name, config, folder)] of each seed, the first seeds first."""
@@ -116,34 +104,6 @@ def save_samples(images, path):
     Image.fromarray(grid.numpy()).save(path)
 
 
-def draw_path(path):
-    """A row of samples for each step of the path; SWD by scale beside it, a point for each seed."""
-    table = json.loads(TABLE.read_text())
-    figure = Figure((15, 1.15 * len(SHOWN) + 0.9), layout="constrained", dpi=90)
-    axes = figure.subplots(len(SHOWN), 2, width_ratios=(10, 5), squeeze=False)
-    for (rows, swd), (name, words) in zip(axes, SHOWN.items()):
-        samples = Image.open(RESULTS / "runs" / name / "seed0" / "samples.png").convert("RGB")
-        rows.imshow(np.asarray(samples)[:64])
-        rows.set(xticks=[], yticks=[])
-        rows.set_title(words, loc="left", fontsize=12)
-        records = [record for record in table if record["preset"] == name]
-        draw_swd(swd, [record for record in records if record["image_size"] == 64])
-    axes[0, 1].set_title("SWD by scale, a point a seed, log scale; real faces: dashes", fontsize=11)
-    axes[-1, 1].set_xlabel("lower is better")
-    figure.savefig(path)
-
-
-def draw_swd(ax, records):
-    for y, scale in enumerate(("64", "32", "16")):
-        values = [record["swd"][scale] for record in records]
-        ax.plot(values, [y] * len(values), f"C{y}o", alpha=0.7)
-        ax.plot(records[0]["swd_floor"][scale], y, "k|", ms=14, mew=2)
-    ax.set(xscale="log", xlim=(5, 400), ylim=(2.6, -0.6))
-    ax.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
-    ax.set_yticks(range(3), ["64 px", "32 px", "16 px"])
-    ax.grid(axis="x", alpha=0.3)
-
-
 def main(source, *names):
     unknown = set(names) - set(RECIPES)
     cs.check(not unknown, f"{unknown}: expected some of {list(RECIPES)}")
@@ -156,7 +116,6 @@ def main(source, *names):
             print(f"{folder}: not finished, {unfinished[str(folder)]}")
         else:
             file_run(name, folder, faces, held_out, Path(source).name)
-    draw_path(RESULTS / "figures" / "path.png")
 
 
 if __name__ == "__main__":

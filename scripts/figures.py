@@ -1,0 +1,125 @@
+"""The report's drawn figures, from what is on file: the faces, the block, the path.
+
+    python scripts/figures.py
+
+Leaves faces.jpg, block.png and path.png in results/figures/. Needs no data and no GPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import cspgan as cs  # noqa: E402
+
+RESULTS = ROOT / "results"
+FIGURES = RESULTS / "figures"
+PATH = {  # a row each, and what it changes
+    "h1_bn_leaky": "the course's h1: BatchNorm and LeakyReLU",
+    "path_1_tanh_logits": "+ tanh, BCE from logits",
+    "path_2_penalties": "+ R1 and R2, D without BatchNorm, He's weights",
+    "path_3_pace": "+ the pace: Adam (0, 0.9), ten times the rates, falling",
+    "path_4_wide_d": "+ a D twice as wide",
+    "path_5_ema": "+ a running mean of G",
+    "converged": "+ pairs, mirrored faces: converged",
+}
+
+
+def draw_faces():
+    """24 samples of the full-size generator, at their own size, as they come."""
+    run = cs.load_run(RESULTS / "generators" / "converged")
+    images = cs.sample(run, 24)  #                                                 (24, 3, 128, 128)
+    grid = make_grid(images, 8, padding=2, pad_value=255).permute(1, 2, 0)  #              (H, W, 3)
+    Image.fromarray(grid.numpy()).save(FIGURES / "faces.jpg", quality=92)
+
+
+def samples_of(name):
+    """The first row of a run's samples on file, (64, 768, 3)."""
+    picture = Image.open(RESULTS / "runs" / name / "seed0" / "samples.png")
+    return np.asarray(picture.convert("RGB"))[:64]
+
+
+def draw_path():
+    """A row of samples for each step; beside it SWD by scale, a point for each seed."""
+    table = json.loads((RESULTS / "table.json").read_text())
+    figure = Figure((15, 1.15 * len(PATH) + 0.9), layout="constrained", dpi=90)
+    axes = figure.subplots(len(PATH), 2, width_ratios=(10, 5), squeeze=False)
+    for (left, right), (name, words) in zip(axes, PATH.items()):
+        left.imshow(samples_of(name))
+        left.set(xticks=[], yticks=[])
+        left.set_title(words, loc="left", fontsize=12)
+        draw_swd(right, [record for record in table if record["preset"] == name])
+    axes[0, 1].set_title("SWD by scale, a point a seed; bars: real faces", fontsize=11)
+    axes[-1, 1].set_xlabel("lower is better")
+    figure.savefig(FIGURES / "path.png")
+
+
+def draw_swd(ax, records):
+    for y, scale in enumerate(("64", "32", "16")):
+        values = [record["swd"][scale] for record in records]
+        ax.plot(values, [y] * len(values), f"C{y}o", alpha=0.7)
+        ax.plot(records[0]["swd_floor"][scale], y, "k|", ms=14, mew=2)
+    ax.set(xscale="log", xlim=(5, 400), ylim=(2.6, -0.6))
+    ax.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+    ax.set_yticks(range(3), ["64 px", "32 px", "16 px"])
+    ax.grid(axis="x", alpha=0.3)
+
+
+def draw_block():
+    """The block with its two branches, and the ladder of blocks from noise to image."""
+    figure = Figure((11, 5.6), layout="constrained", dpi=90)
+    block, ladder = figure.subplots(1, 2, width_ratios=(6, 5))
+    for ax in (block, ladder):
+        ax.set(xlim=(0, 10), ylim=(0, 10))
+        ax.axis("off")
+    block.set_title("CSPup(in, out)")
+    box(block, 5, 9.3, "x: in, H, W")
+    box(block, 2.5, 7.6, "first half: in/2")
+    box(block, 7.5, 7.6, "second half: in/2")
+    right = ("conv 1x1, act", "deconv, x2", "conv 3x3, act", "conv 3x3")
+    box(block, 2.5, 5.0, "deconv, x2", "#cfe3f5")
+    for y, words in zip((6.3, 5.0, 3.7, 2.4), right):
+        box(block, 7.5, y, words, "#cfe3f5")
+    box(block, 5, 0.7, "sum: out, 2H, 2W")
+    arrows = [(5, 9.3, 2.5, 7.6), (5, 9.3, 7.5, 7.6), (2.5, 7.6, 2.5, 5.0), (2.5, 5.0, 5, 0.7)]
+    arrows += [(7.5, y, 7.5, y - 1.3) for y in (7.6, 6.3, 5.0, 3.7)]
+    arrows += [(7.5, 2.4, 5, 0.7)]
+    for arrow in arrows:
+        draw_arrow(block, *arrow)
+    draw_ladder(ladder)
+    figure.savefig(FIGURES / "block.png")
+
+
+def draw_ladder(ax):
+    ax.set_title("the generator: CSPup, five times, and a deconvolution")
+    rungs = ["z: 100, 1x1", "1024, 4x4", "512, 8x8", "256, 16x16", "128, 32x32", "64, 64x64"]
+    rungs.append("image: 3, 128x128")
+    for k, words in enumerate(rungs):
+        y = 9.3 - 1.43 * k
+        box(ax, 5, y, words)
+        if k:
+            draw_arrow(ax, 5, y + 1.43, 5, y)
+            step = "deconv" if k == 6 else "CSPup"
+            ax.text(5.2, y + 0.71, step, va="center", fontsize=10, color="C0")
+
+
+def box(ax, x, y, words, colour="white"):
+    style = {"boxstyle": "round,pad=0.4", "facecolor": colour}
+    ax.text(x, y, words, ha="center", va="center", fontsize=11, bbox=style, zorder=2)
+
+
+def draw_arrow(ax, x, y, to_x, to_y):
+    style = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 12, "shrinkB": 12}
+    ax.annotate("", (to_x, to_y), (x, y), arrowprops=style, zorder=1)
+
+
+if __name__ == "__main__":
+    draw_faces()
+    draw_block()
+    draw_path()
