@@ -230,7 +230,7 @@ def init_he(network, seed):
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             variance = 2 / (layer.in_channels * layer.kernel_size[0] ** 2)
             if isinstance(layer, nn.ConvTranspose2d):
-                # Inputs that reach one pixel of the output, along a side. 1x1 opens without padding.
+                # Inputs that reach one pixel of the output, along a side; one if 1x1 is opened.
                 overlap = layer.kernel_size[0] // layer.stride[0]
                 if layer.padding[0] == 0:
                     overlap = 1
@@ -847,10 +847,10 @@ def train(
     time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
     and then do what they always do. save_every: seconds that a crash may cost.
 
-    The history has a record for each step, or some 200 to 400 of longer runs, each the means over the steps since the one before: step,
-    epoch, images, seconds, d_loss, g_loss, penalty, d_real, d_fake (D's mean logits). The record at
-    an epoch's end also has diversity (of 256 samples; near 0 is collapse), grad_d (`gradient_size`)
-    and what on_epoch found.
+    The history has a record for each step, in longer runs some 200 to 400, each the means over the
+    steps since the one before: step, epoch, images, seconds, d_loss, g_loss, penalty, d_real,
+    d_fake (D's mean logits). The record at an epoch's end also has diversity (of 256 samples; near
+    0 is collapse), grad_d (`gradient_size`) and what on_epoch found.
     """
     folder = Path(run_dir).expanduser() if run_dir else None
     name = folder or config.label()
@@ -1211,7 +1211,7 @@ HOW_TO_GET_FACES = (
 )
 CELEBA_IMAGES = 202_599
 CELEBA_FIRST_TEST = "182638.jpg"  # of its own test partition, which shares no person with the rest
-ENDINGS = ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm .jp2 .avif".split()
+ENDINGS = ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm .jp2 .avif"
 
 
 class Faces(torch.utils.data.Dataset):
@@ -1238,7 +1238,7 @@ class Faces(torch.utils.data.Dataset):
             if any(part.startswith((".", "__MACOSX")) for part in path.parts):  # hidden files
                 continue
             ending = path.suffix.lower()
-            if ending in ENDINGS:
+            if ending in ENDINGS.split():
                 self.states[name] = state
             else:
                 self.passed_over[ending or "no ending"] += 1
