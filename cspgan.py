@@ -222,15 +222,17 @@ def init_he(network, seed):
 
     A weight's variance is gain / (products that are summed in one output). The gain is 2, because
     an activation loses half of what it is given; of a deconvolution it is 1, because in CSPup no
-    activation follows it. A block adds two branches: without BatchNorm its output is larger than
-    its input. The weights of `to_rgb` are a quarter of that, or pixels would saturate.
+    activation follows it. The last 3x3 of a block keeps 2 although none follows it either: with
+    the left branch, and without BatchNorm, a block's output has three times its input's variance.
+    The weights of `to_rgb` are a quarter as large, or pixels would saturate.
     """
     random = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             variance = 2 / (layer.in_channels * layer.kernel_size[0] ** 2)
             if isinstance(layer, nn.ConvTranspose2d):
-                # Inputs that reach one pixel of the output, along a side; one if 1x1 is opened.
+                # Inputs that reach one pixel of the output, along a side. Without padding it is
+                # one: where 1x1 opens to 4x4, and with kernel 2.
                 overlap = layer.kernel_size[0] // layer.stride[0]
                 if layer.padding[0] == 0:
                     overlap = 1
@@ -591,7 +593,7 @@ def make_discriminator(config: Config) -> nn.Module:
 def reads_input(name, layer):
     """Whether a layer of G or D reads z or RGB, so that its fan-in does not grow with the width."""
     if name.startswith("stem"):
-        return layer.kernel_size != (3, 3)  # those of a CSPup read `width` channels
+        return layer.kernel_size != (3, 3)  # in a CSPup only the two 3x3 read `width` channels
     return name == "features.0"
 
 
@@ -901,7 +903,8 @@ def reason_to_stop(training, signals, deadline):
     if training.run.history:
         last = training.run.history[-1]
         losses = last["d_loss"], last["g_loss"]
-        if not np.isfinite(losses).all():
+        # In float16 a step may overflow and be left out; then the weights are as they were.
+        if not np.isfinite(losses).all() and not is_finite(training):
             return f"not finite: losses of D and G {losses}"
     if training.step < training.steps:
         if signals:
@@ -1004,9 +1007,8 @@ def save(training, folder):
 
     It raises nothing: the training goes on, and there may be room the next time.
     """
-    weights = [*training.generator.parameters(), *training.discriminator.parameters()]
     problem = ""
-    if not all(weight.isfinite().all() for weight in weights):
+    if not is_finite(training):
         problem = "weights are not finite; the last good file stays"
     elif folder:
         part = folder / f"run.pt.part{os.getpid()}"
@@ -1019,6 +1021,15 @@ def save(training, folder):
     if problem:
         print(problem)
     return problem
+
+
+def is_finite(training):
+    """Whether all weights are, and BatchNorm's statistics, which no scaler protects."""
+    for network in (training.generator, training.discriminator):
+        for weight in network.state_dict().values():
+            if not weight.isfinite().all():
+                return False
+    return True
 
 
 def load_run(folder):
@@ -1045,8 +1056,9 @@ def load_run(folder):
 
 def watch(held_out, n):
     """An on_epoch for `train`: SWD and coverage of up to n samples, against held-out images."""
-    check(len(held_out) > 5, f"{len(held_out)} held-out images: expected 6 or more to measure on")
-    real = pick(held_out, min(n, len(held_out)))
+    n = min(n, len(held_out))
+    check(n > 5, f"{n} of {len(held_out)} held-out images: expected 6 or more to measure on")
+    real = pick(held_out, n)
 
     def on_epoch(run):
         fake = sample(run, len(real))
@@ -1138,7 +1150,7 @@ def begin_worker(slots):
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # two that share a core wait for each other by spinning
     slot = slots.get()
-    if best_device().type == "cuda":
+    if slot < torch.cuda.device_count():  # before `best_device` opens one
         torch.cuda.set_device(slot)
 
 
@@ -1162,7 +1174,7 @@ def stop_signals():
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield arrived
     finally:
@@ -1653,7 +1665,7 @@ def plot_losses(run, title="losses"):
     for level, line in zip(fair or (), list(losses.lines)):
         losses.axhline(level, color=line.get_color(), ls="--", label=f"equilibrium, {level:.2f}")
     losses.legend(fontsize=8)
-    losses.set_ylim(0)
+    losses.set_yscale("symlog", linthresh=1e-3)  # 0.001 is not 0: D learns on; may be negative
     alarm.axhline(1, ls="--")
     alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
     alarm.set_ylim(0)
@@ -1695,8 +1707,9 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
         s_k    the gradient of D(x) by what convolution k gives
         w      the gradient of the loss by the logit D(x)
 
-    Then dW_k is s_k (outer) w x_k for the loss, and s_k (outer) gamma v_k for the penalty
-    gamma/2 |v|^2, because a kink has no second derivative. So dW_k = s_k (outer) u_k, where
+    The loss gives dW_k = s_k (outer) w x_k. The penalty gamma/2 |v|^2 has the gradient
+    gamma <v, dv>, the left v held fixed: that of D's linear part at v, because a kink has no second
+    derivative. It gives s_k (outer) gamma v_k. So dW_k = s_k (outer) u_k with
     u_k = w x_k + gamma v_k. One pass of u = w x + gamma v through D gives all of them:
     u_{k+1} = kinks(W_k u_k + w b_k). Only x meets the biases, so they count w times in it, and
     db_k = w s_k.
