@@ -371,6 +371,22 @@ def test_interrupting_saves_all_runs_and_the_next_call_goes_on(tiny, tmp_path, p
         cs.train_all([(tiny, folders[0]), (tiny, f"{folders[0]}/")], photos)
 
 
+def train_marked(jobs, photos):
+    cs.train_job = marked_job
+    cs.train_all(jobs, photos)
+
+
+def test_worker_whose_parent_is_killed_saves_its_run(tiny, tmp_path, photos):
+    folder = tmp_path / "run"
+    jobs = [(tiny.but(epochs=2000), str(folder))]
+    parent = server.Process(target=train_marked, args=(jobs, photos))
+    parent.start()
+    wait_for((folder / "trains").exists)
+    parent.kill()
+    wait_for((folder / "run.pt").exists)
+    assert step_of(folder) >= 2
+
+
 def test_dask_is_an_executor_too(tiny, tmp_path, photos):
     distributed = pytest.importorskip("distributed")
     jobs = [(tiny.but(seed=k), tmp_path / str(k)) for k in range(3)]
