@@ -57,11 +57,52 @@ def test_every_section_is_there(cells):
 
 def test_readme_says_how_the_notebook_and_the_tests_are_run():
     readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"```bash\n(python3 .*)\n```", readme)
+    commands = re.findall(r"```bash\n(python3 .*?)```", readme, re.DOTALL)
     assert len(commands) == 2
-    assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
+    assert commands[1] in (ROOT / ".ci/run").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link
+
+
+def number_of(record, metric):
+    value = record[metric]
+    return value["avg"] if metric == "swd" else value
+
+
+def shown(values, text):
+    """The mean of values and half their range, with as many digits as the text has."""
+    digits = len(text.split()[0].partition(".")[2])
+    if "±" not in text:
+        return f"{sum(values) / len(values):.{digits}f}"
+    half = (max(values) - min(values)) / 2
+    return f"{sum(values) / len(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def wrong_numbers(text):
+    """Cells of a result table that do not say what is on file: recipe, images (seeds), metrics."""
+    table = json.loads((ROOT / "results/table.json").read_text())
+    wrong = []
+    for name, images, seeds, *cells in re.findall(TABLE_ROW, text):
+        records = [record for record in table if record["preset"] == name]
+        seen = {f"{record['images_seen']:,}" for record in records}
+        if seen != {images} or len(records) != int(seeds):
+            wrong.append((name, images, seeds))
+        for metric, cell in zip(("swd", "diversity", "coverage"), cells):
+            right = shown([number_of(record, metric) for record in records], cell)
+            if cell != right:
+                wrong.append((name, metric, cell, right))
+    return wrong
+
+
+TABLE_ROW = r"\| `(\w+)`[^|]*\| ([\d,]+) \((\d)\) \| (\S[^|]*) \| (\S[^|]*) \| (\S[^|]*) \|"
+
+
+def test_numbers_of_the_readme_are_those_on_file():
+    readme = (ROOT / "README.md").read_text()
+    assert len(re.findall(TABLE_ROW, readme)) >= 8
+    assert not wrong_numbers(readme)
+    assert len(wrong_numbers(readme.replace("16.9 ± 1.1", "16.8 ± 1.1"))) == 1
+    assert len(wrong_numbers(readme.replace("| 0.93 ± 0.00 |", "| 0.94 ± 0.00 |"))) == 1
 
 
 def test_staged_notebook_runs_alone_in_an_empty_folder(tmp_path):
