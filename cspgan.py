@@ -715,8 +715,8 @@ class Training:
         if self.chosen_d_step is None:
             self.chosen_d_step = choose_d_step(d, real, fake, config)
         if self.step % config.d_every == 0:
-            d_step = self.chosen_d_step
-            self.d_stats = d_step(d, self.opt_d, real, fake, config, self.precision_d)  #       (4,)
+            take_step = self.chosen_d_step
+            self.d_stats = take_step(d, self.opt_d, real, fake, config, self.precision_d)  #    (4,)
         g_loss = g_step(d, self.opt_g, real, fake, config, self.precision_g)
         self.recent.append(torch.cat([self.d_stats, g_loss.view(1)]))  #                        (5,)
         self.step += 1

@@ -42,6 +42,8 @@ def draw_faces():
 def samples_of(name):
     """The first row of a run's samples on file, (64, 768, 3)."""
     picture = Image.open(RESULTS / "runs" / name / "seed0" / "samples.png")
+    expected = "expected 768 pixels, as scripts/evidence.py files them"
+    cs.check(picture.width == 768, f"{picture.filename} is {picture.width} wide: {expected}")
     return np.asarray(picture.convert("RGB"))[:64]
 
 
