@@ -1666,6 +1666,7 @@ def plot_losses(run, title="losses"):
         losses.axhline(level, color=line.get_color(), ls="--", label=f"equilibrium, {level:.2f}")
     losses.legend(fontsize=8)
     losses.set_yscale("symlog", linthresh=1e-3)  # 0.001 is not 0: D learns on; may be negative
+    losses.set_ylim(min(0, losses.get_ylim()[0]))
     alarm.axhline(1, ls="--")
     alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
     alarm.set_ylim(0)
