@@ -1633,7 +1633,7 @@ def evaluate(run, held_out, others, n=1024, seed=0):
 # ------------------------------------------------------------------------------------------- plots
 
 
-def show_images(images, title="", columns=12):
+def show_images(images, title="", columns=6):
     """A grid of uint8 images (N, 3, S, S)."""
     columns = min(columns, len(images))
     grid = make_grid(images, columns, padding=1, pad_value=255).permute(1, 2, 0)  #        (H, W, 3)
@@ -1645,7 +1645,7 @@ def show_images(images, title="", columns=12):
     return figure
 
 
-def compare(runs, n=12, seed=0):
+def compare(runs, n=6, seed=0):
     """One row of n samples for each run of one image size, the same noise in every row."""
     rows = torch.cat([sample(run, n, seed) for run in runs.values()])
     figure = show_images(rows, columns=n)
@@ -1656,8 +1656,8 @@ def compare(runs, n=12, seed=0):
 
 def plot_losses(run, title="losses"):
     """Losses with the values they should approach, D's mean logits, and the collapse alarm."""
-    figure = Figure((10, 3), layout="constrained", dpi=72)
-    losses, logits, alarm = figure.subplots(1, 3)
+    figure = Figure((8, 6.5), layout="constrained", dpi=80)
+    losses, logits, alarm = figure.subplots(3, 1, sharex=True)
     plot_history(losses, run, title, d_loss="D", g_loss="G")
     plot_history(logits, run, "D's mean logit", d_real="real images", d_fake="generated images")
     plot_history(alarm, run, "diversity (real: 1; red: collapse)", diversity="256 samples")
@@ -1666,10 +1666,11 @@ def plot_losses(run, title="losses"):
         losses.axhline(level, color=line.get_color(), ls="--", label=f"equilibrium, {level:.2f}")
     losses.legend(fontsize=8)
     losses.set_yscale("symlog", linthresh=1e-3)  # 0.001 is not 0: D learns on; may be negative
-    losses.set_ylim(min(0, losses.get_ylim()[0]))
+    if losses.dataLim.y0 >= 0:
+        losses.set_ylim(0)
     alarm.axhline(1, ls="--")
     alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
-    alarm.set_ylim(0)
+    alarm.set(ylim=0, xlabel="thousand images seen")
     return figure
 
 
@@ -1679,7 +1680,7 @@ def plot_history(ax, run, title, **labels):
         records = [record for record in run.history if name in record]
         images = [record["images"] / 1000 for record in records]
         ax.plot(images, [record[name] for record in records], ".-", ms=3, lw=1, label=label)
-    ax.set(title=title, xlabel="thousand images seen")
+    ax.set_title(title, loc="left")
     ax.legend(fontsize=8)
 
 

@@ -51,8 +51,13 @@ RECIPES["without_bn_in_g"] = CONVERGED.but(block_norm="none")
 RECIPES["without_flip"] = CONVERGED.but(flip=False)
 RECIPES["without_pairs"] = CONVERGED.but(loss="bce_logits")
 RECIPES["cspup_last"] = CONVERGED.but(ladder="cspup_last")
+THRICE = list(RECIPES)  # from three seeds, those below from two
 
-# Additions, each alone on h1_bn_leaky; two seeds each, as those below.
+# The course's sections.
+for name in ("baseline", "h0_more_epochs", "h2_l2_big_batch", "h3_smooth_tanh"):
+    RECIPES[name] = cs.PRESETS[name]
+
+# Additions, each alone on h1_bn_leaky.
 RECIPES["h1_with_penalties"] = H1.but(d_norm=False, r1=2.0, r2=2.0)
 RECIPES["h1_with_wide_d"] = H1.but(d_wider=2)
 RECIPES["h1_with_pairs"] = H1.but(loss="relativistic")
@@ -72,7 +77,7 @@ def jobs_of(names):
     jobs = []
     for seed in range(3):
         for name in names:
-            if seed == 2 and name.startswith("h1_") and name != "h1_bn_leaky":
+            if seed == 2 and name not in THRICE:
                 continue
             config = RECIPES[name].but(image_size=64, width=128, epoch_images=25_600, seed=seed)
             config = config.but(batch_size=config.batch_size // 2)

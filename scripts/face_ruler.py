@@ -82,7 +82,7 @@ def main(path, source, n=600):
     record["date"] = time.strftime("%Y-%m-%d")
     file = ROOT / "results/face_ruler.json"
     filed = json.loads(file.read_text())
-    filed[Path(path).resolve().name] = record
+    filed[f"{Path(path).resolve().name} {images.shape[-1]}"] = record
     file.write_text(json.dumps(filed, indent=1))
 
 

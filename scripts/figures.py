@@ -1,8 +1,9 @@
-"""The report's drawn figures, from what is on file: the faces, the block, the path.
+"""The report's drawn figures, from what is on file: the faces, three rows, the block, the path.
 
     python scripts/figures.py
 
-Leaves faces.jpg, block.png and path.png in results/figures/. Needs no data and no GPU.
+Leaves faces.jpg, rows.png, block.png and path.png in results/figures/. Needs no data and no GPU.
+No row has more than six faces: on a phone each is then 60 pixels wide.
 """
 
 import json
@@ -20,6 +21,11 @@ import cspgan as cs  # noqa: E402
 
 RESULTS = ROOT / "results"
 FIGURES = RESULTS / "figures"
+ROWS = {
+    "h3_smooth_tanh": "h3_smooth_tanh, the best section of the course",
+    "dcgan_paper": "dcgan_paper, DCGAN as it was published",
+    "converged": "converged",
+}
 PATH = {  # a row each, and what it changes
     "h1_bn_leaky": "the course's h1: BatchNorm and LeakyReLU",
     "path_1_tanh_logits": "+ tanh, BCE from logits",
@@ -30,35 +36,44 @@ PATH = {  # a row each, and what it changes
     "converged": "+ pairs, mirrored faces: converged",
 }
 
+SWD_CAPTION = "SWD by scale, lower is better: a point for each seed; bars: real faces"
+
 
 def draw_faces():
     """24 samples of the full-size generator, at their own size, as they come."""
     run = cs.load_run(RESULTS / "generators" / "converged")
     images = cs.sample(run, 24)  #                                                 (24, 3, 128, 128)
-    grid = make_grid(images, 8, padding=2, pad_value=255).permute(1, 2, 0)  #              (H, W, 3)
+    grid = make_grid(images, 6, padding=2, pad_value=255).permute(1, 2, 0)  #              (H, W, 3)
     Image.fromarray(grid.numpy()).save(FIGURES / "faces.jpg", quality=92)
 
 
-def samples_of(name):
-    """The first row of a run's samples on file, (64, 768, 3)."""
+def draw_samples(ax, name, words):
+    """Six samples of a run on file, with words above them."""
     picture = Image.open(RESULTS / "runs" / name / "seed0" / "samples.png")
     expected = "expected 768 pixels, as scripts/evidence.py files them"
     cs.check(picture.width == 768, f"{picture.filename} is {picture.width} wide: {expected}")
-    return np.asarray(picture.convert("RGB"))[:64]
+    ax.imshow(np.asarray(picture.convert("RGB"))[:64, : 6 * 64])
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(words, loc="left", fontsize=12)
+
+
+def draw_rows():
+    """The course's best, the control and `converged`, from the same noise."""
+    figure = Figure((9, 5.3), layout="constrained", dpi=88)
+    for ax, (name, words) in zip(figure.subplots(len(ROWS), 1), ROWS.items()):
+        draw_samples(ax, name, words)
+    figure.savefig(FIGURES / "rows.png")
 
 
 def draw_path():
-    """A row of samples for each step; beside it SWD by scale, a point for each seed."""
+    """A row of samples for each step; below it SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((15, 1.15 * len(PATH) + 0.9), layout="constrained", dpi=90)
-    axes = figure.subplots(len(PATH), 2, width_ratios=(10, 5), squeeze=False)
-    for (left, right), (name, words) in zip(axes, PATH.items()):
-        left.imshow(samples_of(name))
-        left.set(xticks=[], yticks=[])
-        left.set_title(words, loc="left", fontsize=12)
-        draw_swd(right, [record for record in table if record["preset"] == name])
-    axes[0, 1].set_title("SWD by scale, a point a seed; bars: real faces", fontsize=11)
-    axes[-1, 1].set_xlabel("lower is better")
+    figure = Figure((9, 2.45 * len(PATH)), layout="constrained", dpi=88)
+    axes = figure.subplots(2 * len(PATH), 1, height_ratios=[1.5, 0.62] * len(PATH))
+    for k, (name, words) in enumerate(PATH.items()):
+        draw_samples(axes[2 * k], name, words)
+        draw_swd(axes[2 * k + 1], [record for record in table if record["preset"] == name])
+    axes[1].set_title(SWD_CAPTION, fontsize=10)
     figure.savefig(FIGURES / "path.png")
 
 
@@ -123,5 +138,6 @@ def draw_arrow(ax, x, y, to_x, to_y):
 
 if __name__ == "__main__":
     draw_faces()
+    draw_rows()
     draw_block()
     draw_path()

@@ -27,13 +27,13 @@ def code(cells):
 
 
 def test_shape_of_the_committed_notebook(cells, code):
-    assert len(cells) <= 75
+    assert len(cells) <= 45
     assert NOTEBOOK.stat().st_size < 5e6
     lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
-    assert len(lines) <= 460
+    assert len(lines) <= 260
     assert max(map(len, lines)) <= 110
     texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    assert sum(len(text.split()) for text in texts) <= 2500
+    assert sum(len(text.split()) for text in texts) <= 2600
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
@@ -47,12 +47,22 @@ def test_outputs_of_the_committed_notebook_are_whole_and_may_be_passed_on(code):
             assert not any("widget" in kind for kind in output.get("data", {}))
 
 
-def test_every_section_is_there(cells):
+def test_every_picture_has_an_alternative_text(code):
+    pictures = [output for cell in code for output in cell.outputs if shows_picture(output)]
+    assert len(pictures) >= 15
+    for picture in pictures:
+        about = picture.metadata.get("image/png") or picture.metadata.get("image/jpeg") or {}
+        assert len(about.get("alt", "")) > 20
+
+
+def shows_picture(output):
+    return any(kind.startswith("image/") for kind in output.get("data", {}))
+
+
+def test_every_section_is_there_in_the_order_of_the_course(cells):
     text = "\n".join(cell.source for cell in cells)
-    for name in [*list(cs.PRESETS)[:5], "converged"]:
-        assert f'folder("{name}")' in text
-        assert f'finding(run, "{name}"' in text
-    assert "RUNS = {**PRESETS, **ABLATIONS" in text
+    places = [text.index(f'train("{name}")') for name in [*list(cs.PRESETS)[:5], "converged"]]
+    assert places == sorted(places)
 
 
 def test_readme_says_how_the_notebook_and_the_tests_are_run():
@@ -105,6 +115,70 @@ def test_numbers_of_the_readme_are_those_on_file():
     assert len(wrong_numbers(readme.replace("| 0.93 ± 0.00 |", "| 0.94 ± 0.00 |"))) == 1
 
 
+# Numbers in sentences: one with a point belongs to the recipe and the metric that it follows.
+# In a table's row SWD need not be named.
+METRICS = {"SWD": "swd", "diversity": "diversity", "coverage": "coverage"}
+WORD = r"`(\w+)`|\b(SWD|diversity|coverage)\b|(?<![\w.,-])(\d+\.\d+)(?![\w-])"
+FULL_SIZE = json.loads((ROOT / "results/full_size.json").read_text())
+
+
+def numbers_in(text):
+    """(recipe, metric, number as it is written)"""
+    found = []
+    text = re.sub(TABLE_ROW, "", text)  # `wrong_numbers` reads these
+    text = re.sub(r"\n(?![\n|-])", " ", text)
+    for sentence in re.split(r"\n|(?<=[.:;])\s", text):
+        recipe = None
+        metric = "swd" if sentence.startswith("|") else None
+        for name, word, number in re.findall(WORD, sentence):
+            recipe = name or recipe
+            metric = METRICS.get(word, metric)
+            if number and recipe and metric:
+                found.append((recipe, metric, number))
+    return found
+
+
+def values_of(recipe, metric):
+    """What may be said: the seeds' mean and half their range, each seed, full size, the floor."""
+    table = json.loads((ROOT / "results/table.json").read_text())
+    records = [record for record in table if record["preset"] == recipe]
+    values = [number_of(record, metric) for record in records]
+    if values:
+        values += [sum(values) / len(values), (max(values) - min(values)) / 2]
+    if recipe in FULL_SIZE:
+        values.append(FULL_SIZE[recipe]["history"][-1][metric])
+    if metric == "swd":
+        values += [record["swd_floor"]["avg"] for record in records[:1]]
+        values.append(FULL_SIZE["floor"]["swd_floor"]["avg"])
+    return values
+
+
+def wrong_in_sentences(text):
+    wrong = []
+    for recipe, metric, number in numbers_in(text):
+        digits = len(number.partition(".")[2])
+        right = {f"{value:.{digits}f}" for value in values_of(recipe, metric)}
+        if number not in right:
+            wrong.append((recipe, metric, number, sorted(right)))
+    return wrong
+
+
+def test_numbers_in_the_prose_are_those_on_file(cells):
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    for text in ("\n".join(texts), (ROOT / "README.md").read_text()):
+        found = numbers_in(text)
+        assert len(found) >= 15
+        assert not wrong_in_sentences(text)
+        missed = 0
+        for recipe, metric, number in found:
+            last = "1" if number[-1] == "0" else "0"
+            changed = f"`{recipe}` {metric.replace('swd', 'SWD')} {number[:-1]}{last}"
+            missed += not wrong_in_sentences(changed)
+        assert (
+            missed <= len(found) / 10
+        )  # a wrong digit that another seed or the floor happens to have
+
+
 def test_staged_notebook_runs_alone_in_an_empty_folder(tmp_path):
     stage = [sys.executable, str(ROOT / "scripts/stage_for_kaggle.py"), str(tmp_path), "--smoke"]
     subprocess.run(stage, check=True, capture_output=True)
@@ -115,10 +189,6 @@ def test_staged_notebook_runs_alone_in_an_empty_folder(tmp_path):
         [*run, "gan_hw.ipynb"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    records = json.loads((tmp_path / "out/table.json").read_text())
-    assert {record["preset"] for record in records} >= {*cs.PRESETS, "without_he"}
-    for name in ("faces.png", "comparison.png"):
-        assert (tmp_path / "out/figures" / name).exists()
-    history = json.loads((tmp_path / "out/runs/converged/seed0/history.json").read_text())
-    assert history["config"]["loss"] == "relativistic"
-    assert history["history"][-1]["epoch"] == 5
+    for name in [*list(cs.PRESETS)[:5], "converged"]:
+        run = cs.load_run(tmp_path / "out" / name)
+        assert run.history[-1]["epoch"] == run.config.epochs
