@@ -90,7 +90,7 @@ def draw_swd(ax, records):
 
 def draw_block():
     """The block with its two branches, and the ladder of blocks from noise to image."""
-    figure = Figure((11, 5.6), layout="constrained", dpi=90)
+    figure = Figure((8.4, 5.6), layout="constrained", dpi=90)
     block, ladder = figure.subplots(1, 2, width_ratios=(6, 5))
     for ax in (block, ladder):
         ax.set(xlim=(0, 10), ylim=(0, 10))
@@ -114,7 +114,7 @@ def draw_block():
 
 
 def draw_ladder(ax):
-    ax.set_title("the generator: CSPup, five times, and a deconvolution")
+    ax.set_title("the generator, a ladder of them")
     rungs = ["z: 100, 1x1", "1024, 4x4", "512, 8x8", "256, 16x16", "128, 32x32", "64, 64x64"]
     rungs.append("image: 3, 128x128")
     for k, words in enumerate(rungs):

@@ -33,7 +33,7 @@ def spoil(faces):
         "blurred": models.as_bytes(half.repeat_interleave(2, 2).repeat_interleave(2, 3)),
         "with noise": models.as_bytes(faces + 25 * noise),
         "the left half, mirrored": torch.where(is_left, faces, faces.flip(3)),
-        "eight faces, repeated": faces[:8].repeat(len(faces) // 8 + 1, 1, 1, 1)[: len(faces)],
+        "three faces, repeated": faces[:3].repeat(len(faces) // 3 + 1, 1, 1, 1)[: len(faces)],
     }
 
 

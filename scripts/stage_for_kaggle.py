@@ -30,7 +30,7 @@ METADATA = {
 FOLDED = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
 
 # Two cells of the smoke test, the first before all others and the second after them.
-SMALLEST = "import os\n\nos.environ['CSPGAN_PROFILE'] = 'smoke'"
+SMALLEST = "import os\n\nos.environ['CSPGAN_PROFILE'] = 'preview'"
 EVERY_KIND = """\
 import time
 
@@ -87,7 +87,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "results/latest/kaggle")
     parser.add_argument("--user", default=user)
-    parser.add_argument("--smoke", action="store_true", help="the smallest profile, and every kind")
+    parser.add_argument("--smoke", action="store_true", help="the preview, and every kind of step")
     parser.add_argument("--push", action="store_true", help="send it with the kaggle command")
     options = parser.parse_args()
     stage(options.folder, options.user, options.smoke)

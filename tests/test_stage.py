@@ -58,9 +58,9 @@ def test_push_calls_kaggles_own_command_or_says_that_it_is_missing(tmp_path):
     assert done.returncode == 1
 
 
-def test_smoke_runs_every_kind_of_run_after_the_smallest_profile(tmp_path, capsys):
+def test_smoke_runs_every_kind_of_run_after_the_preview(tmp_path, capsys):
     _, cells = stage(tmp_path, "--smoke")
-    assert "smoke" in cells[1].source
+    assert "preview" in cells[1].source
     assert "converged" in cells[-1].source
     exec(cells[-1].source, {"cs": cs, "torch": torch})
     said = capsys.readouterr().out
