@@ -85,7 +85,7 @@ def test_record_has_real_faces_beside_and_keeps_the_others(tmp_path, monkeypatch
     face_ruler.main(str(tmp_path / "fake"), "faces.zip", 60)
 
     filed = json.loads(file.read_text(), parse_constant=pytest.fail)
-    record = filed.pop("fake")
+    record = filed.pop("fake 16")
     assert filed == {"other": 1}
     assert [record[name]["found"] for name in ("fake", "held_out", "training")] == [0.75, 1, 1]
     assert record["fake"].keys() == record["held_out"].keys()
