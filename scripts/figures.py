@@ -22,7 +22,7 @@ import cspgan as cs  # noqa: E402
 RESULTS = ROOT / "results"
 FIGURES = RESULTS / "figures"
 ROWS = {
-    "h3_smooth_tanh": "h3_smooth_tanh, the best section of the course",
+    "h3_smooth_tanh": "h3_smooth_tanh, the last section of the course",
     "dcgan_paper": "dcgan_paper, DCGAN as it was published",
     "converged": "converged",
 }

@@ -90,8 +90,7 @@ def independent_pixels(faces, n):
     size = faces.shape[-1]
     random = torch.Generator().manual_seed(0)
     which = torch.randint(len(faces), (n, 3, size, size), generator=random)
-    channel, row, column = torch.meshgrid(*map(torch.arange, (3, size, size)), indexing="ij")
-    return faces[which, channel, row, column]
+    return faces.gather(0, which)
 
 
 def as_bytes(images):
@@ -106,8 +105,9 @@ def damage(images, radius=0.1):
     random = torch.Generator().manual_seed(0)
     axis = torch.linspace(0, 1, images.shape[-1])
     y, x = torch.rand(2, len(images), 1, 1, 1, generator=random)
-    inside = (axis.view(-1, 1) - y) ** 2 + (axis - x) ** 2 < radius**2  #              (N, 1, S, S)
-    return torch.where(inside, 255, images)
+    down = (axis.view(-1, 1) - y).square()  #                                          (N, 1, S, 1)
+    across = (axis - x).square()  #                                                    (N, 1, 1, S)
+    return torch.where(down + across < radius**2, 255, images)
 
 
 def excess(vae, images):

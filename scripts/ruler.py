@@ -25,43 +25,52 @@ RESULTS = ROOT / "results"
 
 def spoil(faces):
     """{what was done: uint8 (N, 3, S, S)}"""
-    half = torch.nn.functional.avg_pool2d(faces.float(), 2)
-    noise = torch.randn(faces.shape, generator=torch.Generator().manual_seed(0))
-    is_left = torch.arange(faces.shape[3]) < faces.shape[3] // 2
+    small = torch.nn.functional.avg_pool2d(faces.float(), 2)
+    blurred = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    random = torch.Generator().manual_seed(0)
+    noise = 25 * torch.randn(faces.shape, generator=random)
+    size = faces.shape[-1]
+    is_left = torch.arange(size) < size // 2
+    which = torch.arange(len(faces)) % 3
     return {
         "other real faces": faces,
-        "blurred": models.as_bytes(half.repeat_interleave(2, 2).repeat_interleave(2, 3)),
-        "with noise": models.as_bytes(faces + 25 * noise),
+        "blurred": models.as_bytes(blurred),
+        "with noise": models.as_bytes(faces + noise),
         "the left half, mirrored": torch.where(is_left, faces, faces.flip(3)),
-        "three faces, repeated": faces[:3].repeat(len(faces) // 3 + 1, 1, 1, 1)[: len(faces)],
+        "three faces, repeated": faces[which],
     }
 
 
 def draw_ruler(readings, pictures):
     figure = Figure((9, 1.72 * len(readings)), layout="constrained", dpi=80)
-    for ax, (words, read) in zip(figure.subplots(len(readings), 1), readings.items()):
-        ax.imshow(torch.cat(list(pictures[words][:6]), dim=2).permute(1, 2, 0).numpy())
+    axes = figure.subplots(len(readings), 1)
+    for ax, (words, read) in zip(axes, readings.items()):
+        row = torch.cat(list(pictures[words][:6]), dim=2)  #                           (3, S, 6 S)
+        ax.imshow(row.permute(1, 2, 0).numpy())
         ax.set(xticks=[], yticks=[])
-        swd = f"SWD {read['swd']['avg']:.1f}"
+        swd = read["swd"]["avg"]
         rest = f"diversity {read['diversity']:.2f}, coverage {read['coverage']:.2f}"
-        ax.set_title(f"{words}: {swd}, {rest}", loc="left", fontsize=12)
+        ax.set_title(f"{words}: SWD {swd:.1f}, {rest}", loc="left", fontsize=12)
     figure.savefig(RESULTS / "figures" / "ruler.png")
 
 
 def main(source, n=900):
     faces, held_out = cs.load_faces(source, 64)
     real = cs.pick(held_out, n)
-    drawn = cs.sample(cs.load_run(RESULTS / "generators" / "converged"), 16)  #    (16, 3, 128, 128)
-    small = torch.nn.functional.avg_pool2d(drawn.float(), 2)
+    other = cs.pick(faces, n)
     vae = models.train_vae(faces)
     made = {
         "independent pixels": models.independent_pixels(faces, n),
         "an autoencoder (VAE)": models.draw(vae, n),
     }
-    images = {**spoil(cs.pick(faces, n)), **made}
-    readings = {words: cs.measure(real, found) for words, found in images.items()}
+    readings = {}
+    for words, images in (spoil(other) | made).items():
+        readings[words] = cs.measure(real, images)
     (RESULTS / "ruler.json").write_text(json.dumps(readings, indent=1))
-    draw_ruler(readings, {**spoil(models.as_bytes(small)), **made})
+    run = cs.load_run(RESULTS / "generators" / "converged")
+    drawn = cs.sample(run, 6).float()  #                                            (6, 3, 128, 128)
+    shown = models.as_bytes(torch.nn.functional.avg_pool2d(drawn, 2))  #              (6, 3, 64, 64)
+    draw_ruler(readings, spoil(shown) | made)
 
 
 if __name__ == "__main__":
