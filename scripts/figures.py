@@ -54,12 +54,12 @@ def draw_samples(ax, name, words):
     cs.check(picture.width == 768, f"{picture.filename} is {picture.width} wide: {expected}")
     ax.imshow(np.asarray(picture.convert("RGB"))[:64, : 6 * 64])
     ax.set(xticks=[], yticks=[])
-    ax.set_title(words, loc="left", fontsize=12)
+    ax.set_title(words, loc="left", fontsize=14)
 
 
 def draw_rows():
     """The course's best, the control and `converged`, from the same noise."""
-    figure = Figure((9, 5.3), layout="constrained", dpi=88)
+    figure = Figure((9, 5.3), layout="constrained", dpi=60)
     for ax, (name, words) in zip(figure.subplots(len(ROWS), 1), ROWS.items()):
         draw_samples(ax, name, words)
     figure.savefig(FIGURES / "rows.png")
@@ -68,7 +68,7 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below it SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 2.45 * len(PATH)), layout="constrained", dpi=88)
+    figure = Figure((9, 2.45 * len(PATH)), layout="constrained", dpi=76)
     axes = figure.subplots(2 * len(PATH), 1, height_ratios=[1.5, 0.62] * len(PATH))
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(axes[2 * k], name, words)

@@ -42,7 +42,7 @@ def spoil(faces):
 
 
 def draw_ruler(readings, pictures):
-    figure = Figure((9, 1.72 * len(readings)), layout="constrained", dpi=80)
+    figure = Figure((9, 1.72 * len(readings)), layout="constrained", dpi=66)
     axes = figure.subplots(len(readings), 1)
     for ax, (words, read) in zip(axes, readings.items()):
         row = torch.cat(list(pictures[words][:6]), dim=2)  #                           (3, S, 6 S)
@@ -50,7 +50,7 @@ def draw_ruler(readings, pictures):
         ax.set(xticks=[], yticks=[])
         swd = read["swd"]["avg"]
         rest = f"diversity {read['diversity']:.2f}, coverage {read['coverage']:.2f}"
-        ax.set_title(f"{words}: SWD {swd:.1f}, {rest}", loc="left", fontsize=12)
+        ax.set_title(f"{words}: SWD {swd:.1f}, {rest}", loc="left", fontsize=14)
     figure.savefig(RESULTS / "figures" / "ruler.png")
 
 
