@@ -79,7 +79,8 @@ class CSPup(nn.Module):
         self, in_channels, out_channels, act=nn.ReLU, norm="none", kernel=4, stride=2, padding=1
     ):
         super().__init__()
-        if in_channels < 2 or norm not in ("none", "right", "both"):  # no `check`: it is pasted
+        norms = ("none", "right", "both")
+        if in_channels < 2 or norm not in norms:  # no `check`, so that the class can be pasted
             raise ValueError(f"{in_channels=}, {norm=}: expected 2 or more; none, right or both")
         left = in_channels // 2
         right = in_channels - left
@@ -357,12 +358,12 @@ class Precision:
 FLOAT32 = Precision()
 
 
+# `converged` takes this step by other arithmetic: `d_step_linear`, at the end of this file.
 def d_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
     """D: minimise  L_D(D(real), D(fake)) + r1/2 |grad D(real)|^2 + r2/2 |grad D(fake)|^2.
 
     real, fake: (N, 3, S, S). G is left alone. config: its loss, label_smoothing, r1 and r2. For
     "bce" this is Goodfellow's step (2014, algorithm 1).
-    `converged` takes the same step by other arithmetic: `d_step_linear`, at the end of this file.
     Returns (4,), detached: L_D, the mean logits on real and on fake, the sum of the penalties.
     """
     loss = LOSSES[config.loss]

@@ -21,6 +21,7 @@ import first_homework as models  # noqa: E402
 import cspgan as cs  # noqa: E402
 
 RESULTS = ROOT / "results"
+SHOWN = {"other real faces": "other real faces (here: from noise)"}
 
 
 def spoil(faces):
@@ -50,6 +51,7 @@ def draw_ruler(readings, pictures):
         ax.set(xticks=[], yticks=[])
         swd = read["swd"]["avg"]
         rest = f"diversity {read['diversity']:.2f}, coverage {read['coverage']:.2f}"
+        words = SHOWN.get(words, words)
         ax.set_title(f"{words}: SWD {swd:.1f}, {rest}", loc="left", fontsize=14)
     figure.savefig(RESULTS / "figures" / "ruler.png")
 
