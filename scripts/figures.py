@@ -68,7 +68,7 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below it SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 2.45 * len(PATH)), layout="constrained", dpi=76)
+    figure = Figure((9, 2.4 * len(PATH)), layout="constrained", dpi=70)
     axes = figure.subplots(2 * len(PATH), 1, height_ratios=[1.5, 0.62] * len(PATH))
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(axes[2 * k], name, words)
@@ -90,7 +90,7 @@ def draw_swd(ax, records):
 
 def draw_block():
     """The block with its two branches, and the ladder of blocks from noise to image."""
-    figure = Figure((8.4, 5.6), layout="constrained", dpi=90)
+    figure = Figure((8.4, 5.2), layout="constrained", dpi=84)
     block, ladder = figure.subplots(1, 2, width_ratios=(6, 5))
     for ax in (block, ladder):
         ax.set(xlim=(0, 10), ylim=(0, 10))

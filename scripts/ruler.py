@@ -43,7 +43,7 @@ def spoil(faces):
 
 
 def draw_ruler(readings, pictures):
-    figure = Figure((9, 1.72 * len(readings)), layout="constrained", dpi=66)
+    figure = Figure((9, 1.72 * len(readings)), layout="constrained", dpi=60)
     axes = figure.subplots(len(readings), 1)
     for ax, (words, read) in zip(axes, readings.items()):
         row = torch.cat(list(pictures[words][:6]), dim=2)  #                           (3, S, 6 S)
