@@ -1,6 +1,6 @@
 """The course's first homework: independent pixels, a variational autoencoder, a detector of blots.
 
-    python scripts/first_homework.py faces.zip    # ten minutes of a CPU core
+    python scripts/first_homework.py faces.zip    # half an hour of a busy CPU core
 
 Leaves results/figures/blots.png. `scripts/ruler.py` measures what both models draw.
 """

@@ -1,6 +1,6 @@
 """What SWD, diversity and coverage read where the answer is known: the report's figure of them.
 
-    python scripts/ruler.py faces.zip    # ten minutes of a CPU core
+    python scripts/ruler.py faces.zip    # half an hour of a busy CPU core
 
 Real faces are spoiled in four ways; two models of the course's first homework draw others. Leaves
 the readings in results/ruler.json, and results/figures/ruler.png. CelebA's faces may not be shown:

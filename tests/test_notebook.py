@@ -14,6 +14,8 @@ import cspgan as cs
 
 ROOT = Path(cs.__file__).parent
 NOTEBOOK = ROOT / "gan_hw.ipynb"
+TABLE = json.loads((ROOT / "results/table.json").read_text())
+FULL_SIZE = json.loads((ROOT / "results/full_size.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +92,9 @@ def shown(values, text):
 
 def wrong_numbers(text):
     """Cells of a result table that do not say what is on file: recipe, images (seeds), metrics."""
-    table = json.loads((ROOT / "results/table.json").read_text())
     wrong = []
     for name, images, seeds, *cells in re.findall(TABLE_ROW, text):
-        records = [record for record in table if record["preset"] == name]
+        records = [record for record in TABLE if record["preset"] == name]
         seen = {f"{record['images_seen']:,}" for record in records}
         if seen != {images} or len(records) != int(seeds):
             wrong.append((name, images, seeds))
@@ -120,7 +121,6 @@ def test_numbers_of_the_readme_are_those_on_file():
 # In a table's row SWD need not be named.
 METRICS = {"SWD": "swd", "diversity": "diversity", "coverage": "coverage"}
 WORD = r"`(\w+)`|\b(SWD|diversity|coverage)\b|(?<![\w.,-])(\d+\.\d+)(?![\w-])"
-FULL_SIZE = json.loads((ROOT / "results/full_size.json").read_text())
 
 
 def numbers_in(text):
@@ -143,8 +143,7 @@ def numbers_in(text):
 
 def values_of(recipe, metric):
     """What may be said: the seeds' mean and half their range, each seed, full size, the floor."""
-    table = json.loads((ROOT / "results/table.json").read_text())
-    records = [record for record in table if record["preset"] == recipe]
+    records = [record for record in TABLE if record["preset"] == recipe]
     values = [number_of(record, metric) for record in records]
     if values:
         values += [sum(values) / len(values), (max(values) - min(values)) / 2]
