@@ -1331,7 +1331,7 @@ def is_source(path):
 def find_faces(kaggle="/kaggle/input", data="data"):
     """CSPGAN_DATA, else img_align_celeba in Kaggle's input folder, else what lies in data/.
 
-    Says what was taken, with its count by folder, and what was not. None: nothing is there.
+    Says what was taken, with its count by folder, and what else has images. None: nothing is there.
     """
     asked = os.environ.get("CSPGAN_DATA")
     places = [asked]  # an error if it is no data: nothing takes its place
@@ -1346,7 +1346,8 @@ def find_faces(kaggle="/kaggle/input", data="data"):
         return None
     print("Taken:", what_is_in(found[0]))
     for faces in found[1:]:
-        print("Not taken:", what_is_in(faces))
+        if faces.names:
+            print("Not taken:", what_is_in(faces))
     return found[0].source
 
 

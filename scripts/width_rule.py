@@ -267,19 +267,19 @@ def records_of(found, kind):
 
 
 def draw(found):
-    """How far layers move, SWD by width, D's largest activation: a row. Returns the summary."""
+    """How far layers move, D's largest activation, SWD by width, stacked. Returns the summary."""
     moves = layer_moves(found)
     growing = growing_layers(moves)
     trained = trained_swd(found)
     peaks = largest_activations(found)
-    figure = Figure((10, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    draw_moves(left, moves, growing)
-    draw_widths(middle, trained)
-    draw_first_steps(right, peaks)
-    for ax in (left, middle, right):
-        ax.legend(fontsize=7.5)
-    figure.savefig(FIGURES / "width.png", dpi=110)
+    figure = Figure((6, 7.8), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1)
+    draw_moves(top, moves, growing)
+    draw_first_steps(middle, peaks)
+    draw_widths(bottom, trained)
+    for ax in (top, middle, bottom):
+        ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.savefig(FIGURES / "width.png", dpi=100)
     with_rule = [slope(moves[1, layer]) for layer in growing]
     literal = [slope(moves[0, layer]) for layer in growing]
     return {
@@ -346,7 +346,7 @@ def largest_activations(found):
 
 
 def draw_moves(ax, moves, growing):
-    labels = {1: "with the rule", 0: "literal rates"}
+    labels = {1: "a = 1, the rule", 0: "a = 0, literal rates"}
     colors = {1: "C0", 0: "C3"}
     for (rule, layer), line in moves.items():
         if layer not in growing:
@@ -355,18 +355,18 @@ def draw_moves(ax, moves, growing):
         relative = [change / line[32] for change in line.values()]
         ax.plot(list(line), relative, colors[rule], lw=1, label=label)
     widths_below(ax, (32, 64, 128, 256, 512))
-    ax.set(title="change in 4 steps, relative to width 32", yscale="log", yticks=(0.5, 1, 2, 4, 8))
+    ax.set(title="how far each layer moves, over that at width 32", yscale="log", yticks=(0.5, 1, 2, 4, 8))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
 
 
 def draw_widths(ax, trained):
     lines = (
-        ("larger", 1, "C2o-", "64 px"),
-        ("final", 1, "C4o-", "32 px"),
-        ("loud", 1, "C0o:", "a = 1"),
-        ("loud", 0.5, "C1o:", "a = 0.5"),
-        ("loud", 0, "C3o:", "a = 0"),
+        ("larger", 1, "C0o-", "a = 1, 64 px"),
+        ("final", 1, "C0s--", "a = 1, 32 px"),
+        ("loud", 1, "C0.:", "a = 1, trials"),
+        ("loud", 0.5, "C1.:", "a = 0.5, trials"),
+        ("loud", 0, "C3.:", "a = 0, trials"),
     )
     for kind, power, style, label in lines:
         line = {}
@@ -385,7 +385,7 @@ def draw_first_steps(ax, peaks):
     for (size, power), line in peaks.items():
         drawn = line[:60]
         style = "-" if size > 32 else ":"
-        label = f"a = {power:g}, {size:.0f} px, {len(drawn)} steps"
+        label = f"a = {power:g}, {size:.0f} px"
         ax.plot(drawn, colors[power], lw=1, ls=style, label=label)
     ax.set(title="largest activation of D", xlabel="steps of 8 images at width 1024", yscale="log")
 
