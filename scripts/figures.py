@@ -1,8 +1,9 @@
-"""The report's drawn figures, from what is on file: the faces, three rows, the block, the path.
+"""The report's drawn figures, from what is on file: faces, the block, the path, single changes.
 
     python scripts/figures.py
 
-Leaves faces.jpg, rows.png, block.png and path.png in results/figures/. Needs no data and no GPU.
+Leaves faces.jpg, rows.png, block.png, path.png and changes.png in results/figures/.
+Needs no data and no GPU.
 No row has more than six faces: on a phone each is then 60 pixels wide.
 """
 
@@ -34,6 +35,24 @@ PATH = {  # a row each, and what it changes
     "path_4_wide_d": "+ a D twice as wide",
     "path_5_ema": "+ a running mean of G",
     "converged": "+ pairs, mirrored faces: converged",
+}
+CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts of converged
+    "h1_bn_leaky": "h1_bn_leaky",
+    "h1_bce_logits": "loss from D's logits",
+    "h1_lazy_d": "D every second step",
+    "h1_shallow_d": "a shallower D",
+    "h1_half_batch": "half the batch",
+    "h1_adam_default": "beta1 0.9 instead of 0.5",
+    "h2_l2_big_batch": "twice the batch, and L2",
+    "smooth_labels": "smoothed labels",
+    "tanh_head": "tanh",
+    "h3_rates": "faster rates",
+    "h3_smooth_tanh": "these three: h3_smooth_tanh",
+    "h1_with_penalties": "R1 and R2, D without BatchNorm",
+    "h1_with_pairs": "pairs",
+    "h1_with_wide_d": "a D twice as wide",
+    "h1_with_falling_rates": "falling rates",
+    "h1_with_ema": "a running mean of G",
 }
 
 SWD_CAPTION = "SWD by scale, lower is better: a point for each seed; bars: real faces"
@@ -86,6 +105,34 @@ def draw_swd(ax, records):
     ax.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
     ax.set_yticks(range(3), ["64 px", "32 px", "16 px"])
     ax.grid(axis="x", alpha=0.3)
+
+
+def draw_changes():
+    """SWD and diversity of each single change of h1, a point for each seed."""
+    table = json.loads((RESULTS / "table.json").read_text())
+    there = {record["preset"] for record in table}
+    rows = [(name, words) for name, words in CHANGES.items() if name in there]
+    figure = Figure((8.4, 0.29 * len(rows) + 0.7), layout="constrained", dpi=80)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for y, (name, _) in enumerate(rows):
+        records = [record for record in table if record["preset"] == name]
+        swd = [record["swd"]["avg"] for record in records]
+        diversity = [record["diversity"] for record in records]
+        if y == 0:
+            left.axvspan(min(swd), max(swd), color="C0", alpha=0.15)
+            left.axvline(records[0]["swd_floor"]["avg"], color="grey", ls="--", lw=1)
+        left.plot(swd, [y] * len(swd), "C0o", alpha=0.7)
+        right.plot(diversity, [y] * len(swd), "C0o", alpha=0.7)
+    left.set_yticks(range(len(rows)), [words for _, words in rows])
+    left.set(xlim=(0, 200), ylim=(len(rows) - 0.5, -0.5))
+    left.set_title("SWD (dashed: real faces)", fontsize=11)
+    right.axvspan(0, 0.3, color="C3", alpha=0.15)
+    right.axvline(1, color="grey", ls="--", lw=1)
+    right.set(xlim=(0, 1.2))
+    right.set_title("diversity (red: collapse)", fontsize=11)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    figure.savefig(FIGURES / "changes.png")
 
 
 def draw_block():
@@ -141,3 +188,4 @@ if __name__ == "__main__":
     draw_rows()
     draw_block()
     draw_path()
+    draw_changes()
