@@ -70,8 +70,8 @@ class CSPup(nn.Module):
     the output (after arXiv 1911.11929). The two deconvolutions have weights of their own.
 
     act: makes an activation, like nn.ReLU.
-    norm: "none", "right" (BatchNorm after the first two convolutions of the right branch, the
-        deconvolution not counted) or "both" (after all three, and after the left deconvolution).
+    norm: "none", "right" (BatchNorm after the 1x1 and after the first 3x3) or "both" (after the
+        last 3x3 and after the left deconvolution as well).
     kernel, stride, padding: of both deconvolutions. 4, 2, 1 doubles; 4, 1, 0 opens 1x1 to 4x4.
     """
 
@@ -81,7 +81,8 @@ class CSPup(nn.Module):
         super().__init__()
         norms = ("none", "right", "both")
         if in_channels < 2 or norm not in norms:  # no `check`, so that the class can be pasted
-            raise ValueError(f"{in_channels=}, {norm=}: expected 2 or more; none, right or both")
+            expected = "expected at least 2 channels, and norm none, right or both"
+            raise ValueError(f"{in_channels=}, {norm=}: {expected}")
         left = in_channels // 2
         right = in_channels - left
         inner_norm = nn.Identity if norm == "none" else nn.BatchNorm2d
@@ -184,8 +185,8 @@ class Discriminator(nn.Module):
     """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
 
     Convolutions of kernel 4 and stride 2 down to a map of 4x4, with the generator's channels in
-    reverse, LeakyReLU(0.2), BatchNorm on all but the first (`norm`), and one convolution over the
-    map. fewer: convolutions left out, the deepest first, so that the map is larger.
+    reverse. LeakyReLU(0.2) follows each, BatchNorm (`norm`) each but the first. A last convolution
+    covers the map. fewer: convolutions left out, the deepest first, so that the map is larger.
     """
 
     def __init__(self, image_size=128, width=1024, norm=True, fewer=0):
@@ -221,7 +222,7 @@ def init_dcgan(network, seed):
 def init_he(network, seed):
     """He's (arXiv 1502.01852): the output of a layer has the variance of its input; biases 0.
 
-    A weight's variance is gain / (products that are summed in one output). The gain is 2, because
+    A weight's variance is gain / fan-in, the products summed in one output. The gain is 2, because
     an activation loses half of what it is given; of a deconvolution it is 1, because in CSPup no
     activation follows it. The last 3x3 of a block keeps 2 although none follows it either: with
     the left branch, and without BatchNorm, a block's output has three times its input's variance.
@@ -604,19 +605,20 @@ def adam(network, config, lr):
     The rule: weights whose fan-in grows with the width get lr * lr_width / width, as in the maximal
     update parametrization (arXiv 2203.03466). Biases, BatchNorm, and what reads z or RGB keep lr.
     """
-    full = {"params": [], "full_lr": lr}
-    slow = {"params": [], "full_lr": lr}
+    unscaled = {"params": [], "full_lr": lr}
+    scaled = {"params": [], "full_lr": lr}
     if config.lr_width:
-        slow["full_lr"] = lr * config.lr_width / config.width
+        scaled["full_lr"] = lr * config.lr_width / config.width
     for name, layer in network.named_modules():
         for weight in layer.parameters(recurse=False):
             if weight.dim() == 4 and not reads_input(name, layer):
-                slow["params"].append(weight)
+                scaled["params"].append(weight)
             else:
-                full["params"].append(weight)
+                unscaled["params"].append(weight)
     betas = (config.beta1, config.beta2)
     # Its lr stands for nothing: `Training.set_rates` sets each group's from full_lr before a step.
-    return torch.optim.Adam([full, slow], lr, betas, weight_decay=config.weight_decay, fused=True)
+    groups = [unscaled, scaled]
+    return torch.optim.Adam(groups, lr, betas, weight_decay=config.weight_decay, fused=True)
 
 
 def to_network(images, config):
@@ -635,7 +637,7 @@ def to_uint8(images, config):
 def update_ema(average, network, config, step):
     """Move a running mean of weights towards the network's, BatchNorm's statistics included.
 
-    Its half-life is ema_images; early on it is a tenth of all images so far.
+    Its half-life is ema_images, or a tenth of the images seen so far, whichever is less.
     """
     half_life = min(config.ema_images, 0.1 * step * config.batch_size)
     new = 1 - 0.5 ** (config.batch_size / half_life)
@@ -691,13 +693,14 @@ class Training:
             order = torch.randperm(len(self.images), generator=random)  #                       (N,)
             self.order = order.to(self.images.device)
             self.turn = turn
-        real = self.images[self.order[k * n : (k + 1) * n]].to(self.device)
+        real = self.images[self.order[k * n : (k + 1) * n]].to(self.device, non_blocking=True)
         real = to_network(real, config).contiguous(memory_format=torch.channels_last)
         if config.flip:
-            coin = torch.rand(n, 1, 1, 1, generator=self.noise).to(self.device)
+            coin = torch.rand(n, 1, 1, 1, generator=self.noise)
+            coin = coin.to(self.device, non_blocking=True)
             real = torch.where(coin < 0.5, real.flip(3), real)
         z = torch.randn(n, config.z_dim, generator=self.noise)
-        return real, z.to(self.device)
+        return real, z.to(self.device, non_blocking=True)
 
     def set_rates(self):
         """The rates fall on a half cosine, from what they are to lr_end of that."""
@@ -706,7 +709,7 @@ class Training:
             group["lr"] = group["full_lr"] * (1 - (1 - self.config.lr_end) * fall)
 
     def advance(self):
-        """A step of D, where it is its turn, and one of G, on the same images and noise."""
+        """A step of D, every d_every-th time, and one of G, on the same images and noise."""
         config = self.config
         d = self.discriminator
         self.set_rates()
@@ -843,14 +846,15 @@ def train(
 ):
     """Train one generator on images, uint8 (N, 3, S, S).
 
-    run_dir: where the run lives, in run.pt. A finished one is loaded, and that is said; a stopped
-    one goes on, bit for bit on a CPU. A run of another config or of other images is refused, with
-    the differences. More epochs can be asked for where the rates do not fall. None: not saved.
+    run_dir: where the run lives, in run.pt. A finished one is loaded, and a line says so; a stopped
+    one goes on, bit for bit on a CPU. A run of another version, config or of other images is
+    refused, with the differences. More epochs can be asked for where the rates do not fall. None:
+    not saved.
     on_epoch: a function of the run; the dictionary of numbers that it returns is recorded.
     time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
     and then do what they always do. save_every: seconds that a crash may cost.
 
-    The history has a record for each step, in longer runs some 200 to 400, each the means over the
+    The history has a record for each step, in longer runs at least 200, each the means over the
     steps since the one before: step, epoch, images, seconds, d_loss, g_loss, penalty, d_real,
     d_fake (D's mean logits). The record at an epoch's end also has diversity (of 256 samples; near
     0 is collapse), grad_d (`gradient_size`) and what on_epoch found.
@@ -867,8 +871,8 @@ def train(
     with stop_signals() as signals, bar:
         bar.update(training.step)
         while True:
-            # An epoch has ended that was not looked at; or its look failed, before a resume.
-            if training.step // training.epoch_steps > len(run.snapshots):
+            epochs_looked_at = len(run.snapshots)  # one less if a look failed, before a resume
+            if training.step // training.epoch_steps > epochs_looked_at:
                 look_safely(training, on_epoch, folder)
             run.stopped = reason_to_stop(training, signals, deadline)
             if run.stopped or training.step >= training.steps:
@@ -882,8 +886,8 @@ def train(
                 saved = time.monotonic()
         is_changed = (training.step, len(run.snapshots)) != opened_at
         if is_changed:
-            problem = save(training, folder)
-            run.stopped = run.stopped or problem
+            reasons = [run.stopped, save(training, folder)]
+            run.stopped = "; ".join(filter(None, reasons))
         if run.stopped:
             where = f"{name}: stopped at step {training.step} of {training.steps}"
             print(f"{where} ({run.stopped})", flush=True)  # a signal may end the process next
@@ -977,12 +981,11 @@ def read_checkpoint(folder):
     path = folder / "run.pt"
     if not path.exists():
         return None
+    file = io.BytesIO(path.read_bytes())  # an error here says nothing of what is in it
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file raises
-        if zipfile.is_zipfile(path):  # it is whole: memory is short, or another version wrote it
+        if zipfile.is_zipfile(file):  # it is whole: memory is short, or another version wrote it
             raise
         path.replace(folder / "run.pt.damaged")
         print(f"{path}.damaged: set aside, and the run begins anew ({describe(error)})")
@@ -1006,11 +1009,11 @@ def identify(config, images):
 def save(training, folder):
     """Write folder/run.pt. Returns, and prints, why it could not be written, or "".
 
-    It raises nothing: the training goes on, and there may be room the next time.
+    A full disk raises nothing: the training goes on, and there may be room the next time.
     """
     problem = ""
     if not is_finite(training):
-        problem = "weights are not finite; the last good file stays"
+        problem = "weights are not finite and are not saved"
     elif folder:
         part = folder / f"run.pt.part{os.getpid()}"
         try:
@@ -1181,8 +1184,8 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if arrived:
-        signal.raise_signal(max(arrived))  # SIGTERM, if both came
+        if arrived:
+            signal.raise_signal(max(arrived))  # SIGTERM, if both came
 
 
 @functools.cache
@@ -1231,7 +1234,7 @@ class Faces(torch.utils.data.Dataset):
     """The images of a folder or zip, sub-folders too: [i] -> uint8 (3, size, size), RGB.
 
     An image is its largest centred square, upright, on white, antialiased. names: of the files with
-    an image's ending; passed_over: the others, counted by theirs. Links are not followed.
+    an image's ending. passed_over: how many others, by ending. Links are not followed.
     A file that cannot be decoded raises a ValueError, one that cannot be read an OSError.
     """
 
@@ -1308,7 +1311,7 @@ def files_in_folder(folder):
 
 
 def decode_image(data, size):
-    """One encoded image of any mode as RGB, uint8 (3, size, size)."""
+    """One encoded image as RGB, uint8 (3, size, size)."""
     image = Image.open(io.BytesIO(data))
     image.draft("RGB", (2 * size, 2 * size))  # a far larger JPEG is unpacked at 1/2, 1/4 or 1/8
     image.load()
@@ -1339,9 +1342,9 @@ def find_faces(kaggle="/kaggle/input", data="data"):
         celeba = sorted(filter(is_source, Path(kaggle).rglob("img_align_celeba*")))
         others = filter(is_source, [Path(data), *sorted(Path(data).rglob("*.zip"))])
         places = [*celeba[:1], *others]  # of nested folders the outer
-    found = [Faces(place, SIZES[0]) for place in places]
+    found = [Faces(place, SIZES[0]) for place in places]  # any size: nothing is decoded
     found.sort(key=lambda faces: not faces.names)  # what has images first
-    if not any(faces.names or asked for faces in found):
+    if not asked and not any(faces.names for faces in found):
         print(f"No data set. {HOW_TO_GET_FACES}", *map(what_is_in, found), sep="\n")
         return None
     print("Taken:", what_is_in(found[0]))
@@ -1366,8 +1369,8 @@ def load_faces(source, size, cache_dir=CACHE_DIR):
     source: a folder or zip, or None for 4,096 procedural faces. Its images are decoded once, into
     cache_dir, and memory-mapped read-only: clone them before you write to them. What cannot be
     decoded is named and skipped. Held out is CelebA's own test partition where the whole of CelebA
-    is there, else every image whose pixels' hash falls in a fixed tenth: it stays on its side when
-    others come, and so do its copies.
+    is there, else every image whose pixels' hash falls in a fixed tenth: at one size it stays on
+    its side when others come, and so do its copies.
     """
     if source is None:
         return drawn_faces(size)
@@ -1771,7 +1774,7 @@ def choose_d_step(discriminator, real, fake, config):
     if config.r1 + config.r2 == 0:
         return d_step
     if not linear_layers(discriminator):
-        print("Penalties by a double backward: D has layers other than Conv2d and LeakyReLU.")
+        print("Penalties by a double backward: D is not only Conv2d with biases and LeakyReLU.")
         return d_step
     exact = gradient_of(d_step, discriminator, real[:16], fake[:16], config)
     try:

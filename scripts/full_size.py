@@ -37,7 +37,7 @@ FILE = ROOT / "results" / "full_size.json"
 
 
 def draw_pictures(run):
-    """Sixty samples, four walks between noise vectors, and the film of the training."""
+    """Sixty samples, two walks between noise vectors, and the film of the training."""
     samples = cs.sample(run, 60, seed=1)  #                                        (60, 3, 128, 128)
     picture(samples, columns=12).save(FIGURES / "full_size.jpg", quality=90)
     walks = picture(walk(run), columns=6)
@@ -52,14 +52,14 @@ def picture(images, columns):
 
 @torch.no_grad()
 def walk(run):
-    """Four walks of six steps from one noise vector to another, along an arc."""
+    """Two walks of six steps from one noise vector to another, along an arc."""
     random = torch.Generator().manual_seed(1)
-    ends = torch.randn(4, 2, run.config.z_dim, generator=random)  #                    (4, 2, z_dim)
+    ends = torch.randn(2, 2, run.config.z_dim, generator=random)  #                    (2, 2, z_dim)
     angle = torch.linspace(0, torch.pi / 2, 6).view(1, 6, 1)
-    z = ends[:, :1] * angle.cos() + ends[:, 1:] * angle.sin()  #                       (4, 6, z_dim)
+    z = ends[:, :1] * angle.cos() + ends[:, 1:] * angle.sin()  #                       (2, 6, z_dim)
     generator = run.generator.eval()
     device = next(generator.parameters()).device
-    images = generator(z.flatten(0, 1).to(device))  #                              (24, 3, 128, 128)
+    images = generator(z.flatten(0, 1).to(device))  #                              (12, 3, 128, 128)
     return cs.to_uint8(images.cpu(), run.config)
 
 

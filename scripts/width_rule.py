@@ -45,8 +45,8 @@ def rates_by(power):
 
     def adam(network, config, lr):
         optimizer = by_the_rule(network, config, lr)
-        _, slow = optimizer.param_groups
-        slow["full_lr"] = lr * (config.lr_width / config.width) ** power
+        _, scaled = optimizer.param_groups
+        scaled["full_lr"] = lr * (config.lr_width / config.width) ** power
         return optimizer
 
     return patch.object(cs, "adam", adam)
@@ -355,7 +355,8 @@ def draw_moves(ax, moves, growing):
         relative = [change / line[32] for change in line.values()]
         ax.plot(list(line), relative, colors[rule], lw=1, label=label)
     widths_below(ax, (32, 64, 128, 256, 512))
-    ax.set(title="how far each layer moves, over that at width 32", yscale="log", yticks=(0.5, 1, 2, 4, 8))
+    ax.set_title("how far each layer moves, over that at width 32")
+    ax.set(yscale="log", yticks=(0.5, 1, 2, 4, 8))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
 

@@ -1,5 +1,6 @@
 """Nothing lost: one file a run, resuming, signals, damage; many runs side by side."""
 
+import errno
 import functools
 import itertools
 import math
@@ -221,6 +222,32 @@ def test_damaged_file_is_named_and_set_aside(tiny, toys, tmp_path, capsys, monke
     assert Path("run/run.pt.damaged").read_bytes() == damaged and not Path("executed").exists()
 
 
+def test_file_that_cannot_be_read_now_is_not_set_aside(tiny, toys, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    train(tiny, toys, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            train(tiny, toys, tmp_path)
+    assert step_of(tmp_path) == 4
+
+
+def test_signal_is_not_lost_where_on_epoch_fails(tiny, toys):
+    arrived = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+
+    def on_epoch(run):
+        signal.raise_signal(signal.SIGTERM)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tiny, toys, on_epoch=on_epoch)
+    signal.signal(signal.SIGTERM, before)
+    assert arrived == [signal.SIGTERM]
+
+
 def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_path):  # case 17
     for answer, error in (
         (lambda run: 1 / 0, ZeroDivisionError),
@@ -280,6 +307,10 @@ def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, mon
     run = train(tiny, toys, tmp_path, save_every=0)
     assert run.history[-1]["epoch"] == 1 and "No space left" in run.stopped
     assert "step 1 is not saved" in capsys.readouterr().out and not os.listdir(tmp_path)
+    answer = iter([False, True])  # is the time up?
+    monkeypatch.setattr(cs, "reason_to_stop", lambda *args: "time" if next(answer) else "")
+    run = train(tiny, toys, tmp_path)
+    assert run.stopped.startswith("time; step 1 is not saved")
 
 
 def test_committed_generator_makes_faces():
