@@ -1661,7 +1661,7 @@ def compare(runs, n=6, seed=0):
 
 def plot_losses(run, title="losses"):
     """Losses with the values they should approach, D's mean logits, and the collapse alarm."""
-    figure = Figure((8, 5.2), layout="constrained", dpi=80)
+    figure = Figure((8, 4.8), layout="constrained", dpi=80)
     losses, logits, alarm = figure.subplots(3, 1, sharex=True)
     plot_history(losses, run, title, d_loss="D", g_loss="G")
     plot_history(logits, run, "D's mean logit", d_real="real images", d_fake="generated images")
