@@ -87,8 +87,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below it SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 2.3 * len(PATH)), layout="constrained", dpi=70)
-    axes = figure.subplots(2 * len(PATH), 1, height_ratios=[1.5, 0.48] * len(PATH))
+    figure = Figure((9, 2.24 * len(PATH)), layout="constrained", dpi=70)
+    axes = figure.subplots(2 * len(PATH), 1, height_ratios=[1.5, 0.44] * len(PATH))
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(axes[2 * k], name, words)
         draw_swd(axes[2 * k + 1], [record for record in table if record["preset"] == name])
@@ -112,7 +112,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     there = {record["preset"] for record in table}
     rows = [(name, words) for name, words in CHANGES.items() if name in there]
-    figure = Figure((8.4, 0.26 * len(rows) + 0.7), layout="constrained", dpi=80)
+    figure = Figure((8.4, 0.21 * len(rows) + 0.7), layout="constrained", dpi=80)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, (name, _) in enumerate(rows):
         records = [record for record in table if record["preset"] == name]

@@ -72,7 +72,7 @@ def save_film(run):
 
 def draw_curves(found):
     """SWD by images seen, a line for each recipe."""
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
     ax = figure.subplots()
     for name in NAMES:
         if name not in found:  # of a file that an earlier list of names left
