@@ -114,13 +114,13 @@ def draw_changes():
     rows = [(name, words) for name, words in CHANGES.items() if name in there]
     figure = Figure((8.4, 0.21 * len(rows) + 0.7), layout="constrained", dpi=80)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    h1 = [record["swd"]["avg"] for record in table if record["preset"] == "h1_bn_leaky"]
+    left.axvspan(min(h1), max(h1), color="C0", alpha=0.15)
+    left.axvline(table[0]["swd_floor"]["avg"], color="grey", ls="--", lw=1)
     for y, (name, _) in enumerate(rows):
         records = [record for record in table if record["preset"] == name]
         swd = [record["swd"]["avg"] for record in records]
         diversity = [record["diversity"] for record in records]
-        if y == 0:
-            left.axvspan(min(swd), max(swd), color="C0", alpha=0.15)
-            left.axvline(records[0]["swd_floor"]["avg"], color="grey", ls="--", lw=1)
         left.plot(swd, [y] * len(swd), "C0o", alpha=0.7)
         right.plot(diversity, [y] * len(swd), "C0o", alpha=0.7)
     left.set_yticks(range(len(rows)), [words for _, words in rows])
