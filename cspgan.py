@@ -50,8 +50,9 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 VERSION = "3.0"  # stored with every run
-# Two settings of the whole process:
-torch.set_flush_denormal(True)  # where D has won, a CPU is 100 times as slow with denormal numbers
+# Where D has won, a CPU is 100 times as slow with denormal numbers. This holds for threads that do
+# not run yet: import the module before torch computes.
+torch.set_flush_denormal(True)
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
 
@@ -908,9 +909,11 @@ def reason_to_stop(training, signals, deadline):
     if training.run.history:
         last = training.run.history[-1]
         losses = last["d_loss"], last["g_loss"]
+        is_suspect = not np.isfinite(losses).all() or training.step % training.epoch_steps == 0
         # In float16 a step may overflow and be left out; then the weights are as they were.
-        if not np.isfinite(losses).all() and not is_finite(training):
-            return f"not finite: losses of D and G {losses}"
+        # BatchNorm's statistics may be lost even where no loss shows it.
+        if is_suspect and not is_finite(training):
+            return f"weights or BatchNorm's statistics not finite, losses of D and G {losses}"
     if training.step < training.steps:
         if signals:
             return signals[0].name
@@ -976,10 +979,10 @@ def open_training(config, images, folder):
 
 def read_checkpoint(folder):
     """What `save` wrote, or None. A damaged file is named and set aside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, not after the training
     path = folder / "run.pt"
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, not after the training
         return None
     file = io.BytesIO(path.read_bytes())  # an error here says nothing of what is in it
     try:
@@ -1037,10 +1040,10 @@ def is_finite(training):
 
 
 def load_run(folder):
-    """The run in a folder, without its images.
+    """The run in a folder; the images that it was trained on are not needed.
 
-    From run.pt, or else from a run.pt.gz, as scripts/full_size.py makes of one: its weights are
-    pairs of int8 steps and their size.
+    From run.pt, or else from the smaller run.pt.gz that scripts/full_size.py makes of it: there a
+    weight is a pair, whole numbers and a scale.
     """
     file = Path(folder).expanduser() / "run.pt"
     if not file.exists():
@@ -1178,7 +1181,8 @@ def stop_signals():
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note) or signal.SIG_DFL
+            if signal.getsignal(number) != signal.SIG_IGN:  # as Ctrl-C is in `python a.py &`
+                before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield arrived
     finally:
@@ -1254,7 +1258,9 @@ class Faces(torch.utils.data.Dataset):
             if any(part.startswith((".", "__MACOSX")) for part in path.parts):  # hidden files
                 continue
             ending = path.suffix.lower()
-            if ending in ENDINGS.split():
+            if state is None:
+                self.passed_over["links"] += 1
+            elif ending in ENDINGS.split():
                 self.states[name] = state
             else:
                 self.passed_over[ending or "no ending"] += 1
@@ -1298,7 +1304,7 @@ def files_in_zip(path):
 
 
 def files_in_folder(folder):
-    """(name, time of the last change) of all files below it, but for links."""
+    """(name, time of the last change) of all files below it; None in place of a link's time."""
 
     def fail(error):  # what cannot be listed must not look empty
         raise error
@@ -1306,8 +1312,8 @@ def files_in_folder(folder):
     for top, _, names in os.walk(folder, onerror=fail):
         for name in names:
             path = Path(top, name)
-            if not path.is_symlink():
-                yield str(path.relative_to(folder)), path.stat().st_mtime_ns
+            state = None if path.is_symlink() else path.stat().st_mtime_ns
+            yield str(path.relative_to(folder)), state
 
 
 def decode_image(data, size):
@@ -1367,10 +1373,10 @@ def load_faces(source, size, cache_dir=CACHE_DIR):
     """(faces to train on, faces held out to measure on), uint8 (N, 3, size, size) each.
 
     source: a folder or zip, or None for 4,096 procedural faces. Its images are decoded once, into
-    cache_dir, and memory-mapped read-only: clone them before you write to them. What cannot be
-    decoded is named and skipped. Held out is CelebA's own test partition where the whole of CelebA
-    is there, else every image whose pixels' hash falls in a fixed tenth: at one size it stays on
-    its side when others come, and so do its copies.
+    cache_dir, and memory-mapped read-only: clone them before you write to them, or Python dies.
+    What cannot be decoded is named and skipped. Held out is CelebA's own test partition where the
+    whole of CelebA is there, else every image whose pixels' hash falls in a fixed tenth: at one
+    size it stays on its side when others come, and so do its copies.
     """
     if source is None:
         return drawn_faces(size)
@@ -1425,6 +1431,8 @@ def decode_all(faces, folder):
         held_out.seek(0)
         shutil.copyfileobj(held_out, file)
     (folder / "to_train_on.txt").write_text(str(n))
+    rule = "CelebA's test partition" if is_celeba else "a tenth, by a hash of the pixels"
+    print(f"{n:,} to train on, {len(hashes) - n:,} held out: {rule}")
     some = "; ".join(damaged[:10]).encode(errors="replace").decode()
     copies = len(hashes) - len(set(hashes))
     if copies or damaged:
@@ -1663,19 +1671,19 @@ def plot_losses(run, title="losses"):
     """Losses with the values they should approach, D's mean logits, and the collapse alarm."""
     figure = Figure((8, 4.8), layout="constrained", dpi=80)
     losses, logits, alarm = figure.subplots(3, 1, sharex=True)
+    losses.set_yscale("symlog", linthresh=1e-3)  # 0.001 is not 0: D learns on; may be negative
+    losses.yaxis.set_major_formatter("{x:g}")
     plot_history(losses, run, title, d_loss="D", g_loss="G")
     plot_history(logits, run, "D's mean logit", d_real="real images", d_fake="generated images")
     plot_history(alarm, run, "diversity (real: 1; red: collapse)", diversity="256 samples")
     fair = LOSSES[run.config.loss].equilibrium(run.config.label_smoothing)
     for level, line in zip(fair or (), list(losses.lines)):
         losses.axhline(level, color=line.get_color(), ls="--", label=f"equilibrium, {level:.2f}")
-    losses.legend(fontsize=8)
-    losses.set_yscale("symlog", linthresh=1e-3)  # 0.001 is not 0: D learns on; may be negative
-    if losses.dataLim.y0 >= 0:
-        losses.set_ylim(0)
     alarm.axhline(1, ls="--")
     alarm.axhspan(0, 0.3, color="C3", alpha=0.15)
     alarm.set(ylim=0, xlabel="thousand images seen")
+    for ax in (losses, logits, alarm):  # beside the title, where no curve is
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -1686,7 +1694,6 @@ def plot_history(ax, run, title, **labels):
         images = [record["images"] / 1000 for record in records]
         ax.plot(images, [record[name] for record in records], ".-", ms=3, lw=1, label=label)
     ax.set_title(title, loc="left")
-    ax.legend(fontsize=8)
 
 
 # -------------------------------------------------------------------------------- faster penalties
@@ -1728,36 +1735,36 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     optimizer.zero_grad()
     n = len(real)
 
-    # x through D, and back
-    x = torch.cat([real, fake]).detach().requires_grad_()  #                           (2n, 3, S, S)
-    passed = [x]  # what enters the first layer, and what each returns              (2n, c, s, s)
+    # x through D, and back; N = n + m
+    x = torch.cat([real, fake]).detach().requires_grad_()  #                            (N, 3, S, S)
+    passed = [x]  # what enters the first layer, and what each returns               (N, c, s, s)
     with precision.autocast():
         for layer in layers:
             passed.append(layer(passed[-1]))
-    logits = passed[-1].flatten().float()  #                                                   (2n,)
+    logits = passed[-1].flatten().float()  #                                                    (N,)
     v, *slopes = torch.autograd.grad(logits.sum(), passed)  #  each of the shape of one of `passed`
 
     # the loss, and w, its gradient by each logit
-    logits = logits.detach().requires_grad_()  #                                               (2n,)
-    d_real, d_fake = logits.chunk(2)  #                                                  (n,), twice
+    logits = logits.detach().requires_grad_()  #                                                (N,)
+    d_real, d_fake = logits.split([n, len(fake)])  #                                      (n,), (m,)
     d_loss = LOSSES[config.loss].d(d_real, d_fake, config.label_smoothing)  #                     ()
-    (w,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #                      (2n,)
-    w = w.view(-1, 1, 1, 1)  #                                                         (2n, 1, 1, 1)
-    gamma = torch.empty_like(w)  #                                                     (2n, 1, 1, 1)
+    (w,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #                       (N,)
+    w = w.view(-1, 1, 1, 1)  #                                                          (N, 1, 1, 1)
+    gamma = torch.empty_like(w)  #                                                      (N, 1, 1, 1)
     gamma[:n] = config.r1 / n
-    gamma[n:] = config.r2 / n
+    gamma[n:] = config.r2 / len(fake)
 
     # u through D, at the kinks of x, and from each convolution back to its weights.
     # before: what entered the layer; slope: the gradient of D(x) by what it gave.
     scaled_gamma = precision.scaler.scale(gamma)
-    u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                              (2n, 3, S, S)
+    u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                               (N, 3, S, S)
     for layer, before, slope in zip(layers, passed, slopes):
         if isinstance(layer, nn.LeakyReLU):
-            u = torch.where(before > 0, u, layer.negative_slope * u)  #                (2n, c, s, s)
+            u = torch.where(before > 0, u, layer.negative_slope * u)  #                 (N, c, s, s)
             continue
         with precision.autocast():
             u = F.conv2d(u.detach(), layer.weight, None, layer.stride, layer.padding)
-        u = u + w * layer.bias.view(-1, 1, 1)  #                                       (2n, c, s, s)
+        u = u + w * layer.bias.view(-1, 1, 1)  #                                        (N, c, s, s)
         u.backward(slope)
     precision.step(optimizer)
 

@@ -55,8 +55,6 @@ CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts
     "h1_with_ema": "a running mean of G",
 }
 
-SWD_CAPTION = "SWD by scale, lower is better: a point for each seed; bars: real faces"
-
 
 def draw_faces():
     """24 samples of the full-size generator, at their own size, as they come."""
@@ -85,26 +83,25 @@ def draw_rows():
 
 
 def draw_path():
-    """A row of samples for each step; below it SWD by scale, a point for each seed."""
+    """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 2.24 * len(PATH)), layout="constrained", dpi=70)
-    axes = figure.subplots(2 * len(PATH), 1, height_ratios=[1.5, 0.44] * len(PATH))
+    figure = Figure((9, 1.5 * len(PATH) + 4), layout="constrained", dpi=70)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [4])
     for k, (name, words) in enumerate(PATH.items()):
-        draw_samples(axes[2 * k], name, words)
-        draw_swd(axes[2 * k + 1], [record for record in table if record["preset"] == name])
-    axes[1].set_title(SWD_CAPTION, fontsize=10)
+        draw_samples(rows[k], name, f"{k}  {words}")
+        records = [record for record in table if record["preset"] == name]
+        for scale, colour in zip(("64", "32", "16"), ("C0", "C1", "C2")):
+            swd = [record["swd"][scale] for record in records]
+            chart.plot(swd, [k] * len(swd), colour + "o", alpha=0.7)
+    for scale, colour in zip(("64", "32", "16"), ("C0", "C1", "C2")):
+        floor = records[0]["swd_floor"][scale]
+        chart.axvline(floor, color=colour, ls="--", label=f"{scale} px, real faces {floor:.1f}")
+    chart.set_title("SWD by scale, lower is better: a point for each seed", loc="left", fontsize=14)
+    chart.set(xscale="log", xlim=(5, 400), ylim=(len(PATH) - 0.5, -0.5), ylabel="step")
+    chart.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+    chart.legend(loc="lower right")
+    chart.grid(alpha=0.3)
     figure.savefig(FIGURES / "path.png")
-
-
-def draw_swd(ax, records):
-    for y, scale in enumerate(("64", "32", "16")):
-        values = [record["swd"][scale] for record in records]
-        ax.plot(values, [y] * len(values), f"C{y}o", alpha=0.7)
-        ax.plot(records[0]["swd_floor"][scale], y, "k|", ms=14, mew=2)
-    ax.set(xscale="log", xlim=(5, 400), ylim=(2.6, -0.6))
-    ax.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
-    ax.set_yticks(range(3), ["64 px", "32 px", "16 px"])
-    ax.grid(axis="x", alpha=0.3)
 
 
 def draw_changes():

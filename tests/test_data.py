@@ -443,7 +443,9 @@ def test_data_is_taken_with_its_count_by_folder(tmp_path, find, capsys):
     shutil.rmtree(tmp_path / "data/more")
     assert find() == tmp_path / "data"
     said = capsys.readouterr().out
-    assert f"Taken: {tmp_path}/data: 7 images (masks 4, faces 3); passed over 1 .zip" in said
+    assert (
+        f"Taken: {tmp_path}/data: 7 images (masks 4, faces 3); passed over 1 links, 1 .zip" in said
+    )
     assert f"Not taken: {tmp_path}/data/more.zip: 2 images (. 2)" in said
     for name in ("faces", "masks"):
         shutil.rmtree(tmp_path / "data" / name)

@@ -10,11 +10,13 @@ import pickle
 import random
 import runpy
 import signal
+import tempfile
 import threading
 import time
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -248,6 +250,21 @@ def test_signal_is_not_lost_where_on_epoch_fails(tiny, toys):
     assert arrived == [signal.SIGTERM]
 
 
+def test_signal_that_is_ignored_stays_ignored(tiny, toys):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `python train.py &`
+    run = train(tiny.but(epochs=2), toys, on_epoch=lambda run: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, before)
+    assert run.finished
+
+
+def test_finished_run_is_loaded_where_nothing_can_be_written(tiny, toys, tmp_path, monkeypatch):
+    train(tiny, toys, tmp_path)
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=PermissionError))
+    assert train(tiny, toys, tmp_path).finished
+    with pytest.raises(PermissionError):
+        train(tiny, toys, tmp_path / "new")
+
+
 def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_path):  # case 17
     for answer, error in (
         (lambda run: 1 / 0, ZeroDivisionError),
@@ -296,6 +313,15 @@ def test_loss_that_is_not_finite_ends_in_its_message(tiny, toys, tmp_path, capsy
     assert not run.finished and "not finite" in run.stopped
     assert "stopped at step 3 of 4" in capsys.readouterr().out
     assert (tmp_path / "run.pt").read_bytes() == good
+
+
+def test_lost_statistics_end_the_run_although_its_losses_are_finite(tiny, toys, tmp_path):
+    def lose(run):
+        run.generator.blocks[0].left[1].running_mean.fill_(math.nan)
+
+    run = train(tiny.but(block_norm="both", epochs=2), toys, tmp_path, on_epoch=lose)
+    assert "statistics not finite" in run.stopped and not run.finished
+    assert run.history[-1]["step"] == 2 and math.isfinite(run.history[-1]["g_loss"])
 
 
 def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, monkeypatch):

@@ -129,6 +129,8 @@ def test_linear_step_is_the_double_backward(paired, loss, s, r1, r2):
         if "bias" in name:  # 0 at first, which would hide that v goes without them
             bias.data.normal_(0, 0.3, generator=random)
     real, fake = torch.rand(2, 6, 3, 32, 32, generator=random, dtype=torch.double)
+    if loss != "relativistic":
+        fake = fake[:4]  # a loss without pairs asks for no equal numbers
     stats = cs.d_step(d, still(d), real, fake, config)
     exact = gradients(d)
     assert torch.allclose(stats, cs.d_step_linear(d, still(d), real, fake, config), rtol=1e-5)
