@@ -70,6 +70,8 @@ RECIPES["h1_lazy_d"] = H1.but(d_every=2)
 RECIPES["h1_shallow_d"] = H1.but(d_fewer=1)
 RECIPES["h1_half_batch"] = H1.but(batch_size=64)
 RECIPES["h1_adam_default"] = H1.but(beta1=0.9)
+RECIPES["h1_tanh_block"] = H1.but(block_act="tanh")
+RECIPES["h1_relu_block"] = H1.but(block_act="relu")
 
 
 def jobs_of(names):

@@ -378,7 +378,7 @@ def draw_widths(ax, trained):
         widths = sorted(line)
         ax.plot(widths, [line[width] for width in widths], style, ms=4, label=label)
     widths_below(ax, (64, 128, 256))
-    ax.set(title="SWD x1e3 after 64,000 images", ylim=(0, None))
+    ax.set(title="SWD x1e3 after 64,000 images", ylim=(0, 40))
 
 
 def draw_first_steps(ax, peaks):
