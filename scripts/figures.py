@@ -24,14 +24,14 @@ RESULTS = ROOT / "results"
 FIGURES = RESULTS / "figures"
 ROWS = {
     "h3_smooth_tanh": "h3_smooth_tanh, the last section of the course",
-    "dcgan_paper": "dcgan_paper, DCGAN as it was published",
+    "dcgan_paper": "dcgan_paper, DCGAN's recipe at width 128",
     "converged": "converged",
 }
 PATH = {  # a row each, and what it changes
     "h1_bn_leaky": "the course's h1: BatchNorm and LeakyReLU",
     "path_1_tanh_logits": "+ tanh, BCE from logits",
     "path_2_penalties": "+ R1 and R2, D without BatchNorm, He's weights",
-    "path_3_pace": "+ the pace: Adam (0, 0.9), ten times the rates, falling",
+    "path_3_pace": "+ the pace: Adam (0, 0.9), higher rates that fall",
     "path_4_wide_d": "+ a D twice as wide",
     "path_5_ema": "+ a running mean of G",
     "converged": "+ pairs, mirrored faces: converged",
@@ -87,8 +87,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.5 * len(PATH) + 4), layout="constrained", dpi=70)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [4])
+    figure = Figure((9, 1.5 * len(PATH) + 3.4), layout="constrained", dpi=70)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [3.4])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
