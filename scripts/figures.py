@@ -87,8 +87,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.5 * len(PATH) + 3.4), layout="constrained", dpi=70)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [3.4])
+    figure = Figure((9, 1.5 * len(PATH) + 3), layout="constrained", dpi=70)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [3])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
@@ -111,7 +111,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     there = {record["preset"] for record in table}
     rows = [(name, words) for name, words in CHANGES.items() if name in there]
-    figure = Figure((8.4, 0.21 * len(rows) + 0.7), layout="constrained", dpi=80)
+    figure = Figure((8.4, 0.19 * len(rows) + 0.7), layout="constrained", dpi=80)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     h1 = [record["swd"]["avg"] for record in table if record["preset"] == "h1_bn_leaky"]
     left.axvspan(min(h1), max(h1), color="C0", alpha=0.15)

@@ -272,7 +272,7 @@ def draw(found):
     growing = growing_layers(moves)
     trained = trained_swd(found)
     peaks = largest_activations(found)
-    figure = Figure((6, 5.4), layout="constrained")
+    figure = Figure((6, 4.8), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1)
     draw_moves(top, moves, growing)
     draw_first_steps(middle, peaks)
