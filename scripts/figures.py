@@ -36,6 +36,7 @@ PATH = {  # a row each, and what it changes
     "path_5_ema": "+ a running mean of G",
     "converged": "+ pairs, mirrored faces: converged",
 }
+SCALES = {"64": "C0", "32": "C1", "16": "C2"}  # pixels a side, and their colour
 CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts of converged
     "h1_bn_leaky": "h1_bn_leaky",
     "h1_bce_logits": "loss from D's logits",
@@ -92,11 +93,11 @@ def draw_path():
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
-        for scale, colour in zip(("64", "32", "16"), ("C0", "C1", "C2")):
+        for scale, colour in SCALES.items():
             swd = [record["swd"][scale] for record in records]
             chart.plot(swd, [k] * len(swd), colour + "o", alpha=0.7)
-    for scale, colour in zip(("64", "32", "16"), ("C0", "C1", "C2")):
-        floor = records[0]["swd_floor"][scale]
+    for scale, colour in SCALES.items():
+        floor = table[0]["swd_floor"][scale]
         chart.axvline(floor, color=colour, ls="--", label=f"{scale} px, real faces {floor:.1f}")
     chart.set_title("SWD by scale, lower is better: a point for each seed", loc="left", fontsize=14)
     chart.set(xscale="log", xlim=(5, 400), ylim=(len(PATH) - 0.5, -0.5), ylabel="step")
