@@ -257,7 +257,7 @@ class Loss:
     d: Callable  # (d_real, d_fake, smoothing) -> (); smoothing: real images' target is 1 minus this
     g: Callable  # (d_real, d_fake) -> ()
     g_needs_real: bool = True  # False: d_real is None in G's step, which saves a pass through D
-    # smoothing -> the best D's logit where generated images are as real ones. None: not known.
+    # smoothing -> the logit of the best D, if it cannot tell them apart. None: not known.
     fair_logit: Callable | None = None
 
     def equilibrium(self, smoothing=0.0):
@@ -293,26 +293,22 @@ def relativistic(higher, lower):
     return F.softplus(lower - higher).mean()
 
 
-def bce_fair_logit(smoothing):
-    """The best D says p = (1 - smoothing) / 2 everywhere (Goodfellow 2014, proposition 1)."""
-    return math.log((1 - smoothing) / (1 + smoothing))
-
-
-LOSSES = {  # G's are the non-saturating ones (Goodfellow 2014, section 3)
-    "bce": Loss(
-        d=lambda d_real, d_fake, smoothing: bce(d_real, 1 - smoothing) + bce(d_fake, 0),
-        g=lambda d_real, d_fake: bce(d_fake, 1),
-        g_needs_real=False,
-        fair_logit=bce_fair_logit,
-    ),
-    "bce_logits": Loss(
+def bce_losses(cross_entropy):
+    """The GAN's, with the non-saturating one for G (Goodfellow 2014, section 3)."""
+    return Loss(
         d=lambda d_real, d_fake, smoothing: (
-            bce_logits(d_real, 1 - smoothing) + bce_logits(d_fake, 0)
+            cross_entropy(d_real, 1 - smoothing) + cross_entropy(d_fake, 0)
         ),
-        g=lambda d_real, d_fake: bce_logits(d_fake, 1),
+        g=lambda d_real, d_fake: cross_entropy(d_fake, 1),
         g_needs_real=False,
-        fair_logit=bce_fair_logit,
-    ),
+        # The best D says p = (1 - smoothing) / 2 everywhere (Goodfellow 2014, proposition 1).
+        fair_logit=lambda smoothing: math.log((1 - smoothing) / (1 + smoothing)),
+    )
+
+
+LOSSES = {
+    "bce": bce_losses(bce),
+    "bce_logits": bce_losses(bce_logits),
     "relativistic": Loss(
         d=lambda d_real, d_fake, smoothing: relativistic(d_real, d_fake),
         g=lambda d_real, d_fake: relativistic(d_fake, d_real),
@@ -369,7 +365,7 @@ def d_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
     Returns (4,), detached: L_D, the mean logits on real and on fake, the sum of the penalties.
     """
     loss = LOSSES[config.loss]
-    discriminator.train().requires_grad_(True)
+    discriminator.requires_grad_(True)
     optimizer.zero_grad()
     real = real.detach().requires_grad_(config.r1 > 0)  #                               (N, 3, S, S)
     fake = fake.detach().requires_grad_(config.r2 > 0)  #                               (N, 3, S, S)
@@ -394,7 +390,7 @@ def g_step(discriminator, optimizer, real, fake, config, precision=FLOAT32):
     Returns L_G, detached.
     """
     loss = LOSSES[config.loss]
-    discriminator.train().requires_grad_(False)
+    discriminator.requires_grad_(False)
     optimizer.zero_grad()
     with precision.autocast():
         d_real = discriminator(real) if loss.g_needs_real else None  #                          (N,)
@@ -664,7 +660,7 @@ class Training:
         layout = torch.channels_last
         self.generator = make_generator(config).to(device, memory_format=layout)
         self.discriminator = make_discriminator(config).to(device, memory_format=layout)
-        self.kept = self.generator  # makes the samples
+        self.kept = self.generator  # makes the samples: it is `run.generator`
         if config.ema_images:
             self.kept = copy.deepcopy(self.generator)  # the running mean, see `update_ema`
         self.run = Run(config, [], self.kept, [], environment(device, precision))
@@ -704,7 +700,7 @@ class Training:
         return real, z.to(self.device, non_blocking=True)
 
     def set_rates(self):
-        """The rates fall on a half cosine, from what they are to lr_end of that."""
+        """The rates fall on a half cosine, from full_lr to lr_end * full_lr."""
         fall = (1 - math.cos(math.pi * self.step / self.steps)) / 2  # from 0 to 1
         for group in self.opt_g.param_groups + self.opt_d.param_groups:
             group["lr"] = group["full_lr"] * (1 - (1 - self.config.lr_end) * fall)
@@ -749,7 +745,8 @@ class Training:
         fake = sample(self.run, len(real))  #                                           (n, 3, S, S)
         if on_epoch:
             found = on_epoch(self.run) or {}
-            record.update({name: float(value) for name, value in found.items()})
+            found = {name: float(value) for name, value in found.items()}
+            record.update({**found, **record})  # what is recorded anyway stays as it is
         record["diversity"] = diversity(real, fake)
         record["grad_d"] = gradient_size(self.discriminator, real[:64].to(self.device), self.config)
         self.run.snapshots.append((record["images"], fake[:36].clone()))  # 36 are kept, not 256
@@ -796,7 +793,7 @@ def gradient_size(discriminator, real, config):
     """Root mean square of |grad_x D(x)| over real images, uint8 (N, 3, S, S), with x in [-1, 1]."""
     low, high = config.pixel_range
     x = to_network(real, config).requires_grad_()  #                                    (N, 3, S, S)
-    squares = gradient_penalty(discriminator.train()(x), x)  #                                  (N,)
+    squares = gradient_penalty(discriminator(x), x)  #                                          (N,)
     return squares.mean().sqrt().item() * (high - low) / 2
 
 
@@ -812,8 +809,8 @@ def choose_precision(config, images, device):
     half = "float16"
     if torch.cuda.get_device_capability(device) >= (8, 0):
         half = "bfloat16"
-    exact, step = try_precision(config, images, device, "float32")  # also tells the step of D
-    if step is d_step and config.r1 + config.r2 > 0:
+    exact, take_step = try_precision(config, images, device, "float32")
+    if take_step is d_step and config.r1 + config.r2 > 0:
         return "float32"
     found, _ = try_precision(config, images, device, half)
     if torch.allclose(found, exact, rtol=0.1, atol=0.1):  # false where one is nan
@@ -829,11 +826,10 @@ def try_precision(config, images, device, precision):
     for _ in range(4):
         training.advance()
     losses = torch.stack(training.recent)[:, [0, -1]].mean(0).cpu()  #                          (2,)
-    step = training.chosen_d_step
+    take_step = training.chosen_d_step
     del training
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the next `Training` looks at what is free
-    return losses, step
+    torch.cuda.empty_cache()  # the next `Training` looks at what is free
+    return losses, take_step
 
 
 def train(
@@ -847,10 +843,10 @@ def train(
 ):
     """Train one generator on images, uint8 (N, 3, S, S).
 
-    run_dir: where the run lives, in run.pt. A finished one is loaded, and a line says so; a stopped
-    one goes on, bit for bit on a CPU. A run of another version, config or of other images is
-    refused, with the differences. More epochs can be asked for where the rates do not fall. None:
-    not saved.
+    run_dir: where the run lives, in run.pt; None: it is not saved. A finished one is loaded, and a
+    line says so; a stopped one goes on, bit for bit on a CPU. A run of another version, config or
+    of other images (up to 511 are compared) is refused, with the differences. More epochs can be
+    asked for where the rates do not fall. Weights that are not finite are not saved.
     on_epoch: a function of the run; the dictionary of numbers that it returns is recorded.
     time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
     and then do what they always do. save_every: seconds that a crash may cost.
@@ -860,6 +856,7 @@ def train(
     d_fake (D's mean logits). The record at an epoch's end also has diversity (of 256 samples; near
     0 is collapse), grad_d (`gradient_size`) and what on_epoch found.
     """
+    deadline = time.monotonic() + 3600 * time_budget
     folder = Path(run_dir).expanduser() if run_dir else None
     name = folder or config.label()
     training = open_training(config, images, folder)
@@ -867,7 +864,6 @@ def train(
     opened_at = (training.step, len(run.snapshots))
     window = max(1, training.steps // 200)  # steps between two records
     saved = time.monotonic()
-    deadline = saved + 3600 * time_budget
     bar = tqdm(total=training.steps, desc=str(name), mininterval=2, disable=not progress)
     with stop_signals() as signals, bar:
         bar.update(training.step)
@@ -897,6 +893,8 @@ def train(
 
 def look_safely(training, on_epoch, folder):
     """`Training.look`; what was trained is saved before an error of on_epoch goes on."""
+    if not is_finite(training):  # there is nothing to see: `reason_to_stop` says so
+        return
     try:
         training.look(on_epoch)
     except Exception:
@@ -934,7 +932,7 @@ class Run:
     generator: nn.Module  # with the running mean of its weights, where the config asks for one
     snapshots: list[tuple]  # (images seen, uint8 (36, 3, S, S)), always the same noise
     environment: dict  # hardware, precision, versions and date of the start
-    stopped: str = ""  # why it ended early: a signal, "time", or a loss that is not finite
+    stopped: str = ""  # why it ended early: a signal, "time", weights not finite, not saved
 
     @property
     def finished(self):
@@ -1032,11 +1030,8 @@ def save(training, folder):
 
 def is_finite(training):
     """Whether all weights are, and BatchNorm's statistics, which no scaler protects."""
-    for network in (training.generator, training.discriminator):
-        for weight in network.state_dict().values():
-            if not weight.isfinite().all():
-                return False
-    return True
+    networks = (training.generator, training.discriminator)
+    return all(x.isfinite().all() for network in networks for x in network.state_dict().values())
 
 
 def load_run(folder):
@@ -1051,6 +1046,8 @@ def load_run(folder):
         check(small.exists(), f"{file}: no run. Train one: train(config, images, {str(folder)!r})")
         file = io.BytesIO(gzip.decompress(small.read_bytes()))
     state = torch.load(file, map_location="cpu", weights_only=True)
+    version = state["identity"]["version"]
+    check(version == VERSION, f"{folder}: of version {version}, expected {VERSION}: load it there")
     config = Config(**{name: state["identity"][name] for name in vars(BASELINE)})
     for name, weight in state["kept"].items():
         if isinstance(weight, tuple):
@@ -1089,10 +1086,10 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
     """
     for folder, n in Counter(Path(folder).expanduser().resolve() for _, folder in jobs).items():
         check(n == 1, f"{folder} is the folder of {n} runs: expected one for each")
+    deadline = time.time() + 3600 * time_budget
     if source:
         for size in {config.image_size for config, _ in jobs}:
             load_faces(source, size)  # decoded once, not by each of the processes
-    deadline = time.time() + 3600 * time_budget
     reasons = {}
     pool = contextlib.nullcontext(executor) if executor else worker_processes()
     with pool as workers:
@@ -1107,11 +1104,11 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
 
 def train_job(config, folder, source, measured_on, deadline):
     """One run of `train_all`: why it is not finished, or ""."""
-    hours = (deadline - time.time()) / 3600
     # A run that was begun is opened even then: it may be finished.
-    if hours < 0 and not Path(folder).expanduser().exists():
+    if time.time() > deadline and not Path(folder).expanduser().exists():
         return "time"
     faces, held_out = load_faces(source, config.image_size)
+    hours = (deadline - time.time()) / 3600
     on_epoch = watch(held_out, measured_on)
     run = train(config, faces, folder, progress=False, on_epoch=on_epoch, time_budget=hours)
     return run.stopped
@@ -1250,21 +1247,21 @@ class Faces(torch.utils.data.Dataset):
         is_known = self.is_zip or self.source.is_dir()
         check(is_known, f"{self.source}: no folder, and no zip that is whole. {HOW_TO_GET_FACES}")
         open_zip.cache_clear()  # another zip may lie there by now
-        self.states = {}  # of each image file, time or checksum: another where it was changed
+        self.stamps = {}  # of each image file: another where it was changed
         self.passed_over = Counter()
         list_files = files_in_zip if self.is_zip else files_in_folder
-        for name, state in sorted(list_files(self.source)):
+        for name, stamp in sorted(list_files(self.source)):
             path = Path(name)
             if any(part.startswith((".", "__MACOSX")) for part in path.parts):  # hidden files
                 continue
             ending = path.suffix.lower()
-            if state is None:
+            if stamp is None:
                 self.passed_over["links"] += 1
             elif ending in ENDINGS.split():
-                self.states[name] = state
+                self.stamps[name] = stamp
             else:
                 self.passed_over[ending or "no ending"] += 1
-        self.names = list(self.states)
+        self.names = list(self.stamps)
 
     def __len__(self):
         return len(self.names)
@@ -1304,16 +1301,20 @@ def files_in_zip(path):
 
 
 def files_in_folder(folder):
-    """(name, time of the last change) of all files below it; None in place of a link's time."""
+    """(name, (time of the last change, bytes)) of all files below it; (name, None) of links."""
 
     def fail(error):  # what cannot be listed must not look empty
         raise error
 
-    for top, _, names in os.walk(folder, onerror=fail):
-        for name in names:
+    for top, folders, names in os.walk(folder, onerror=fail):
+        links = [name for name in folders if Path(top, name).is_symlink()]
+        for name in names + links:
             path = Path(top, name)
-            state = None if path.is_symlink() else path.stat().st_mtime_ns
-            yield str(path.relative_to(folder)), state
+            stamp = None
+            if not path.is_symlink():
+                about = path.stat()
+                stamp = (about.st_mtime_ns, about.st_size)
+            yield str(path.relative_to(folder)), stamp
 
 
 def decode_image(data, size):
@@ -1323,7 +1324,8 @@ def decode_image(data, size):
     image.load()
     with contextlib.suppress(Exception):  # a malformed EXIF block says nothing of the pixels
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 bits a pixel: convert would clip, not scale
+    check(image.mode != "F", "an image of floats: expected 8 or 16 bits, for what is white?")
+    if image.mode[0] == "I":  # 16 bits a pixel: convert would clip, not scale
         grey = np.asarray(image, dtype=np.float32) / 257
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:  # the colours under transparent pixels are arbitrary
@@ -1382,11 +1384,12 @@ def load_faces(source, size, cache_dir=CACHE_DIR):
         return drawn_faces(size)
     faces = Faces(source, size)
     check(faces.names, f"{what_is_in(faces)}. {HOW_TO_GET_FACES}")
-    state = hashlib.sha1(repr((faces.states, "decoder 5")).encode()).hexdigest()[:12]
-    cache = Path(cache_dir).expanduser() / f"{faces.source.stem}-{size}px-{state}"
+    stamp = hashlib.sha1(repr((faces.stamps, "decoder 6")).encode()).hexdigest()[:12]
+    cache = Path(cache_dir).expanduser() / f"{faces.source.stem}-{size}px-{stamp}"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+        # A killed process leaves it there: its name tells what it is.
+        with tempfile.TemporaryDirectory(prefix=f"{cache.name}.part-", dir=cache.parent) as folder:
             decode_all(faces, Path(folder, "whole"))
             with contextlib.suppress(OSError):  # another process was faster
                 Path(folder, "whole").rename(cache)
@@ -1731,11 +1734,11 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     """
     layers = linear_layers(discriminator)
     check(layers, "d_step_linear: expected a D of nn.Conv2d and nn.LeakyReLU alone; use d_step")
-    discriminator.train().requires_grad_(True)
+    discriminator.requires_grad_(True)
     optimizer.zero_grad()
     n = len(real)
 
-    # x through D, and back; N = n + m
+    # x through D, and back; m generated images, N = n + m
     x = torch.cat([real, fake]).detach().requires_grad_()  #                            (N, 3, S, S)
     passed = [x]  # what enters the first layer, and what each returns               (N, c, s, s)
     with precision.autocast():
@@ -1775,7 +1778,7 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
 def choose_d_step(discriminator, real, fake, config):
     """`d_step_linear` where there are penalties and it is exact for this D, else `d_step`.
 
-    It is tried in float32 on up to 16 images, so that a D whose layers are known but whose forward
+    It is tried in float64 on up to 4 images, so that a D whose layers are known but whose forward
     does something else with them is found out.
     """
     if config.r1 + config.r2 == 0:
@@ -1783,9 +1786,9 @@ def choose_d_step(discriminator, real, fake, config):
     if not linear_layers(discriminator):
         print("Penalties by a double backward: D is not only Conv2d with biases and LeakyReLU.")
         return d_step
-    exact = gradient_of(d_step, discriminator, real[:16], fake[:16], config)
+    exact = gradient_of(d_step, discriminator, real[:4], fake[:4], config)
     try:
-        found = gradient_of(d_step_linear, discriminator, real[:16], fake[:16], config)
+        found = gradient_of(d_step_linear, discriminator, real[:4], fake[:4], config)
     except RuntimeError:  # its layers do not follow each other as they stand
         found = exact * math.inf
     difference = ((found - exact).norm() / exact.norm()).item()
@@ -1795,11 +1798,11 @@ def choose_d_step(discriminator, real, fake, config):
     return d_step
 
 
-def gradient_of(step, discriminator, real, fake, config):
-    """The gradient of all weights that a step of D takes, as one vector."""
-    twin = copy.deepcopy(discriminator)
-    with torch.backends.cudnn.flags(enabled=False):  # its TF32 is off by about as much
-        step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), real, fake, config)
+def gradient_of(take_step, discriminator, real, fake, config):
+    """The gradient of all weights that `take_step` takes, as one vector."""
+    twin = copy.deepcopy(discriminator).double()  # in float32 a GPU may compute in TF32
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.0)
+    take_step(twin, optimizer, real.double(), fake.double(), config)
     for weight in twin.parameters():
         if weight.grad is None:  # the linear form has not seen it
             weight.grad = torch.zeros_like(weight)

@@ -38,7 +38,7 @@ PATH = {  # a row each, and what it changes
 }
 SCALES = {"64": "C0", "32": "C1", "16": "C2"}  # pixels a side, and their colour
 CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts of converged
-    "h1_bn_leaky": "h1_bn_leaky",
+    "h1_bn_leaky": "",
     "h1_bce_logits": "loss from D's logits",
     "h1_lazy_d": "D every second step",
     "h1_shallow_d": "a shallower D",
@@ -50,12 +50,24 @@ CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts
     "smooth_labels": "smoothed labels",
     "tanh_head": "tanh at G's end",
     "h3_rates": "faster rates",
-    "h3_smooth_tanh": "these three: h3_smooth_tanh",
+    "h3_smooth_tanh": "these three",
     "h1_with_penalties": "R1 and R2, D without BatchNorm",
     "h1_with_pairs": "pairs",
     "h1_with_wide_d": "a D twice as wide",
     "h1_with_falling_rates": "falling rates",
     "h1_with_ema": "a running mean of G",
+}
+PARTS = {  # one thing changed in converged
+    "converged": "",
+    "without_penalties": "",
+    "without_pace": "h1's rates and betas",
+    "without_wide_d": "a D of G's width",
+    "without_cspup": "DCGAN's generator",
+    "without_pairs": "BCE from logits",
+    "without_flip": "",
+    "without_ema": "",
+    "without_bn_in_g": "G without BatchNorm",
+    "without_he": "weights N(0, 0.02)",
 }
 
 
@@ -108,31 +120,44 @@ def draw_path():
 
 
 def draw_changes():
-    """SWD and diversity of each single change of h1, a point for each seed."""
+    """SWD and diversity of h1 and of `converged` with one change each, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    there = {record["preset"] for record in table}
-    rows = [(name, words) for name, words in CHANGES.items() if name in there]
-    figure = Figure((8.4, 0.19 * len(rows) + 0.7), layout="constrained", dpi=80)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    h1 = [record["swd"]["avg"] for record in table if record["preset"] == "h1_bn_leaky"]
-    left.axvspan(min(h1), max(h1), color="C0", alpha=0.15)
-    left.axvline(table[0]["swd_floor"]["avg"], color="grey", ls="--", lw=1)
-    for y, (name, _) in enumerate(rows):
+    groups = [CHANGES, PARTS]
+    heights = [len(changes) for changes in groups]
+    figure = Figure((9.6, 0.18 * sum(heights) + 0.8), layout="constrained", dpi=80)
+    panels = figure.subplots(
+        2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
+    )
+    for (left, right), changes in zip(panels, groups):
+        draw_group(left, right, changes, table)
+    panels[0, 0].set_title("SWD (dashed: real faces)", fontsize=11)
+    panels[0, 1].set_title("diversity (red: collapse)", fontsize=11)
+    panels[1, 0].set(xscale="log", xlim=(8, 300))
+    panels[1, 0].set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+    panels[1, 1].set(xlim=(0, 1.2))
+    figure.savefig(FIGURES / "changes.png")
+
+
+def draw_group(left, right, changes, table):
+    """A row for each recipe; the band is the range of the first, which the others change."""
+    swd, diversity = {}, {}
+    for name in changes:
         records = [record for record in table if record["preset"] == name]
-        swd = [record["swd"]["avg"] for record in records]
-        diversity = [record["diversity"] for record in records]
-        left.plot(swd, [y] * len(swd), "C0o", alpha=0.7)
-        right.plot(diversity, [y] * len(swd), "C0o", alpha=0.7)
-    left.set_yticks(range(len(rows)), [words for _, words in rows])
-    left.set(xlim=(0, 200), ylim=(len(rows) - 0.5, -0.5))
-    left.set_title("SWD (dashed: real faces)", fontsize=11)
+        swd[name] = [record["swd"]["avg"] for record in records]
+        diversity[name] = [record["diversity"] for record in records]
+    base, *_ = swd.values()
+    left.axvspan(min(base), max(base), color="C0", alpha=0.15)
+    left.axvline(table[0]["swd_floor"]["avg"], color="grey", ls="--", lw=1)
     right.axvspan(0, 0.3, color="C3", alpha=0.15)
     right.axvline(1, color="grey", ls="--", lw=1)
-    right.set(xlim=(0, 1.2))
-    right.set_title("diversity (red: collapse)", fontsize=11)
+    for y, name in enumerate(changes):
+        left.plot(swd[name], [y] * len(swd[name]), "C0o", alpha=0.7)
+        right.plot(diversity[name], [y] * len(swd[name]), "C0o", alpha=0.7)
+    labels = [f"{name}: {words}" if words else name for name, words in changes.items()]
+    left.set_yticks(range(len(changes)), labels)
+    left.set(ylim=(len(changes) - 0.5, -0.5))
     for ax in (left, right):
         ax.grid(alpha=0.3)
-    figure.savefig(FIGURES / "changes.png")
 
 
 def draw_block():

@@ -112,6 +112,8 @@ def test_grey_levels_and_sixteen_bits():
     sixteen = Image.fromarray(np.full((20, 20), 100 * 257, np.uint16))
     for kind in ("PNG", "TIFF", "PPM"):
         assert level(sixteen, kind) == 100  # Pillow's convert alone would give white
+    with pytest.raises(ValueError, match="floats"):  # they would all be black
+        level(Image.fromarray(np.ones((20, 20), np.float32)), "TIFF")
 
 
 def test_what_is_transparent_is_white():
@@ -270,9 +272,17 @@ def test_any_loader_with_workers_gives_the_same_images(tmp_path, load_all, form)
 
 
 # ------------------------------------------------------------- the cache
+def replace_at_once(folder):
+    path = folder / "0000.png"
+    time = path.stat().st_mtime_ns
+    put(path, encoded(noise(99)) + bytes(9))
+    os.utime(path, ns=(time, time))
+
+
 CHANGES = {
     "none": lambda folder: None,
     "other pixels": lambda folder: put(folder / "0000.png", encoded(noise(99))),
+    "other pixels at the same time": replace_at_once,
     "added": lambda folder: fill(folder, 1, seed=50),
     "removed": lambda folder: (folder / "0000.png").unlink(),
 }
@@ -439,12 +449,13 @@ def test_data_is_taken_with_its_count_by_folder(tmp_path, find, capsys):
     fill(tmp_path / "data/faces", 3)
     fill(tmp_path / "data/masks", 4)
     (tmp_path / "data/link.png").symlink_to(tmp_path / "data/masks/0000.png")  # is not followed
+    (tmp_path / "data/linked").symlink_to(tmp_path / "data/masks")
     zipped(fill(tmp_path / "data/more", 2))
     shutil.rmtree(tmp_path / "data/more")
     assert find() == tmp_path / "data"
     said = capsys.readouterr().out
     assert (
-        f"Taken: {tmp_path}/data: 7 images (masks 4, faces 3); passed over 1 links, 1 .zip" in said
+        f"Taken: {tmp_path}/data: 7 images (masks 4, faces 3); passed over 2 links, 1 .zip" in said
     )
     assert f"Not taken: {tmp_path}/data/more.zip: 2 images (. 2)" in said
     for name in ("faces", "masks"):

@@ -203,6 +203,9 @@ def test_another_run_in_the_folder_is_refused_and_stays(tiny, toys, tmp_path, mo
         train(tiny, toys.flip(3), "~/gan/run")
     assert os.listdir(file.parent) == ["run.pt"] and file.read_bytes() == before
     assert same_run(run, cs.load_run("~/gan/run"))
+    monkeypatch.setattr(cs, "VERSION", "4.0")
+    with pytest.raises(ValueError, match="of version 3.0, expected 4.0"):
+        cs.load_run("~/gan/run")
 
 
 class Malicious:
@@ -276,9 +279,10 @@ def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_
         assert step_of(tmp_path) == 2
 
     def on_epoch(run):
-        return {"swd": np.float32(7)}
+        return {"swd": np.float32(7), "images": 1e9}
 
     run = train(tiny, toys, tmp_path, on_epoch=on_epoch)
+    assert run.history[-1]["images"] == 32  # what `train` records itself stays
     saved = cs.load_run(tmp_path)
     assert run.finished and same_run(run, saved)
     assert type(saved.history[-1]["swd"]) is float
@@ -313,6 +317,9 @@ def test_loss_that_is_not_finite_ends_in_its_message(tiny, toys, tmp_path, capsy
     assert not run.finished and "not finite" in run.stopped
     assert "stopped at step 3 of 4" in capsys.readouterr().out
     assert (tmp_path / "run.pt").read_bytes() == good
+    look = Mock()
+    run = train(tiny.but(epoch_images=16), toys, on_epoch=look)  # each step ends an epoch
+    assert "not finite" in run.stopped and not look.called
 
 
 def test_lost_statistics_end_the_run_although_its_losses_are_finite(tiny, toys, tmp_path):
