@@ -100,7 +100,7 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.5 * len(PATH) + 3), layout="constrained", dpi=63)
+    figure = Figure((9, 1.5 * len(PATH) + 3), layout="constrained", dpi=62)
     *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [3])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
@@ -124,7 +124,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     groups = [CHANGES, PARTS]
     heights = [len(changes) for changes in groups]
-    figure = Figure((9.6, 0.18 * sum(heights) + 0.8), layout="constrained", dpi=80)
+    figure = Figure((9.6, 0.175 * sum(heights) + 0.75), layout="constrained", dpi=80)
     panels = figure.subplots(
         2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
     )
