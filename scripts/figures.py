@@ -100,7 +100,7 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.5 * len(PATH) + 3), layout="constrained", dpi=62)
+    figure = Figure((9, 1.5 * len(PATH) + 3), layout="constrained", dpi=60)
     *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [3])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
