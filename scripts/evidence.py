@@ -1,6 +1,6 @@
 """The runs behind the report: the path to `converged`, its parts, additions, claims; several seeds.
 
-    python scripts/evidence.py faces.zip              # all of them; about 50 hours of one CPU core
+    python scripts/evidence.py faces.zip              # all of them; about 60 hours of one CPU core
     python scripts/evidence.py faces.zip path_3_pace  # some of them
 
 At 64 px and width 128, with half the presets' batch and 25,600 images in an epoch. They train side
@@ -59,8 +59,9 @@ plain = {"beta1": 0.5, "beta2": 0.999, "lr_g": 2e-4, "lr_d": 2e-4, "lr_width": 0
 RECIPES["without_pace"] = CONVERGED.but(**plain)
 RECIPES["without_wide_d"] = CONVERGED.but(d_wider=1)
 RECIPES["without_cspup"] = CONVERGED.but(generator="dcgan")
-RECIPES["converged_20"] = CONVERGED.but(epochs=20)
-RECIPES["dcgan_paper_20"] = cs.PRESETS["dcgan_paper"].but(epochs=20)
+RECIPES["path_2_without_he"] = RECIPES["path_2_penalties"].but(init="dcgan")
+for name in ("converged", "dcgan_paper", "h1_bn_leaky", "h2_l2_big_batch", "h3_smooth_tanh"):
+    RECIPES[f"{name}_20"] = cs.PRESETS[name].but(epochs=20)
 
 # The course's sections.
 for name in ("baseline", "h0_more_epochs", "h2_l2_big_batch", "h3_smooth_tanh"):

@@ -1,10 +1,10 @@
 # Needs: pip install --no-deps dlib-bin face-recognition-models. n=600 takes 10 to 30 minutes.
 """A ruler that knows faces: dlib's face detector, and a network's 128 numbers for each face.
 
-    python scripts/face_ruler.py IMAGES faces.zip [n]    # adds to results/face_ruler.json
+    python scripts/face_ruler.py IMAGES faces.zip [n [n_training]]   # to results/face_ruler.json
 
 Of n images of a folder, a zip or a run: `found`, the share with a face, and of these `measure`.
-Held-out faces often show persons of the 5 n training faces, samples should not: near_training.
+Held-out faces often show persons of the n_training training faces, samples should not.
 """
 
 import importlib.util  # not to import face_recognition_models, which needs pkg_resources
@@ -66,10 +66,15 @@ def measure(faces, real, training):
     }
 
 
-def main(path, source, n=600):
+def main(path, source, n=600, n_training=3000):
     images = load_images(path, n)
     training, held_out = cs.load_faces(source, images.shape[-1])
-    sets = {"fake": images, "held_out": cs.pick(held_out, n), "training": cs.pick(training, 5 * n)}
+    n_training = min(n_training, len(training))
+    sets = {
+        "fake": images,
+        "held_out": cs.pick(held_out, n),
+        "training": cs.pick(training, n_training),
+    }
     found = {name: describe(images) for name, images in sets.items()}
     record = {name: {"found": len(found[name]) / len(sets[name])} for name in sets}
     fake, real, training = found.values()
@@ -78,7 +83,8 @@ def main(path, source, n=600):
         record["fake"] |= measure(fake, real, training)
         record["held_out"] |= measure(real, cs.pick(training, len(real)), training)
     print(json.dumps(record, indent=1))
-    record.update(n=n, image_size=images.shape[-1], images=path, data=Path(source).name)
+    record.update(n=n, n_training=n_training, image_size=images.shape[-1])
+    record.update(images=path, data=Path(source).name)
     record["date"] = time.strftime("%Y-%m-%d")
     file = ROOT / "results/face_ruler.json"
     filed = json.loads(file.read_text())
