@@ -30,6 +30,7 @@ import numbers
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -59,6 +60,22 @@ torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its a
 def check(condition, message):
     if not condition:
         raise ValueError(message)
+
+
+def check_images(images, size=None, n=1, expected="torch.uint8 (N, 3, S, S)"):
+    """They must be n or more, uint8 (N, 3, size, size); None: of any size."""
+    expected = f"expected {expected}, see load_faces"
+    check(isinstance(images, torch.Tensor), f"images are a {type(images)}: {expected}")
+    shape = tuple(images.shape)
+    is_legal = images.dtype == torch.uint8 and len(shape) == 4 and len(images) >= n
+    is_legal = is_legal and shape[1:] == (3, size or shape[3], size or shape[3])
+    check(is_legal, f"images are {images.dtype} {shape}: {expected}")
+
+
+def say(text):
+    """Print it, whatever a file's name in it holds: what a console cannot show comes escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -210,7 +227,7 @@ class Discriminator(nn.Module):
 
 def init_dcgan(network, seed):
     """DCGAN's: weights N(0, 0.02^2), BatchNorm's scales N(1, 0.02^2), biases 0."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(int(seed))
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, 0, 0.02, generator=random)
@@ -229,7 +246,7 @@ def init_he(network, seed):
     the left branch, and without BatchNorm, a block's output has three times its input's variance.
     The weights of `to_rgb` are a quarter as large, or pixels would saturate.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(int(seed))
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             variance = 2 / (layer.in_channels * layer.kernel_size[0] ** 2)
@@ -470,7 +487,8 @@ class Config:
                 check(value in legal, f"{field.name}={value!r}: expected one of {legal}")
             else:
                 low, high = LEAST.get(field.name, 0), MOST.get(field.name, 10**12)
-                is_legal = isinstance(value, numbers.Real) and low <= value <= high
+                is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+                is_legal = is_number and low <= value <= high
                 is_legal = is_legal and kind(value) == value  # 2.5 is no whole number
                 expected = f"expected {kind.__name__} from {low} to {high}"
                 check(is_legal, f"{field.name}={value!r}: {expected}")
@@ -816,7 +834,7 @@ def choose_precision(config, images, device):
     if torch.allclose(found, exact, rtol=0.1, atol=0.1):  # false where one is nan
         return half
     losses = f"{found.tolist()} in {half}, {exact.tolist()} in float32"
-    print(f"{config.label()}: it trains in float32, for the losses of D and G are {losses}")
+    say(f"{config.label()}: it trains in float32, for the losses of D and G are {losses}")
     return "float32"
 
 
@@ -847,17 +865,20 @@ def train(
     line says so; a stopped one goes on, bit for bit on a CPU. A run of another version, config or
     of other images (up to 511 are compared) is refused, with the differences. More epochs can be
     asked for where the rates do not fall. Weights that are not finite are not saved.
+    Changed code is not seen: take another run_dir for it.
     on_epoch: a function of the run; the dictionary of numbers that it returns is recorded.
-    time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C and SIGTERM save it,
-    and then do what they always do. save_every: seconds that a crash may cost.
+    time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C, SIGTERM and a closed
+    terminal save it, and then do what they always do. save_every: seconds that a crash may cost.
 
     The history has a record for each step, in longer runs at least 200, each the means over the
     steps since the one before: step, epoch, images, seconds, d_loss, g_loss, penalty, d_real,
     d_fake (D's mean logits). The record at an epoch's end also has diversity (of 256 samples; near
     0 is collapse), grad_d (`gradient_size`) and what on_epoch found.
     """
-    deadline = time.monotonic() + 3600 * time_budget
-    folder = Path(run_dir).expanduser() if run_dir else None
+    check(hasattr(config, "but"), f"{config=}: expected a Config, as PRESETS['converged']")
+    check(not callable(progress), f"{progress=}: expected True or False; on_epoch is the next one")
+    deadline = time.monotonic() + 3600 * float(time_budget)
+    folder = None if run_dir is None else Path(run_dir).expanduser()
     name = folder or config.label()
     training = open_training(config, images, folder)
     run = training.run
@@ -887,7 +908,7 @@ def train(
             run.stopped = "; ".join(filter(None, reasons))
         if run.stopped:
             where = f"{name}: stopped at step {training.step} of {training.steps}"
-            print(f"{where} ({run.stopped})", flush=True)  # a signal may end the process next
+            say(f"{where} ({run.stopped})")
     return run
 
 
@@ -897,7 +918,7 @@ def look_safely(training, on_epoch, folder):
         return
     try:
         training.look(on_epoch)
-    except Exception:
+    except BaseException:  # an on_epoch may end the process
         save(training, folder)
         raise
 
@@ -946,7 +967,7 @@ def sample(run, n, seed=0):
     check(isinstance(n, numbers.Integral) and n > 0, f"{n=}: expected 1 image or more")
     generator = run.generator.eval()
     device = next(generator.parameters()).device
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(int(seed))
     z = torch.randn(n, run.config.z_dim, generator=random)  #                             (n, z_dim)
     parts = [to_uint8(generator(part.to(device)), run.config).cpu() for part in z.split(256)]
     return torch.cat(parts)  #                                                          (n, 3, S, S)
@@ -958,10 +979,12 @@ def open_training(config, images, folder):
     device = best_device()
     state = folder and read_checkpoint(folder)
     if not state:
+        if folder:
+            try_to_write(folder)
         return Training(config, images, device, choose_precision(config, images, device))
-    there = state["identity"]
+    there = state.get("identity", {})  # {}: another program's file
     if config.lr_end == 1:  # a constant rate knows of no end: more epochs may be asked for
-        there["epochs"] = max(there["epochs"], config.epochs)
+        there["epochs"] = max(there.get("epochs", 0), config.epochs)
     differences = [
         f"{name}: {there.get(name)} there, {value} here"
         for name, value in here.items()
@@ -970,17 +993,23 @@ def open_training(config, images, folder):
     check(not differences, f"{folder} holds another run ({differences}): take another run_dir")
     training = Training(config, images, device, state["environment"]["precision"])
     training.load_state_dict(state)
+    if training.step < training.steps:
+        try_to_write(folder)
     made = ", ".join(training.run.environment.values())
-    print(f"{folder}: loaded at step {training.step} of {training.steps}; {made}")
+    say(f"{folder}: loaded at step {training.step} of {training.steps}; {made}")
     return training
+
+
+def try_to_write(folder):
+    """Fails now, if at all, and not after the training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def read_checkpoint(folder):
     """What `save` wrote, or None. A damaged file is named and set aside."""
     path = folder / "run.pt"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # fails now, if at all, not after the training
         return None
     file = io.BytesIO(path.read_bytes())  # an error here says nothing of what is in it
     try:
@@ -989,19 +1018,15 @@ def read_checkpoint(folder):
         if zipfile.is_zipfile(file):  # it is whole: memory is short, or another version wrote it
             raise
         path.replace(folder / "run.pt.damaged")
-        print(f"{path}.damaged: set aside, and the run begins anew ({describe(error)})")
+        say(f"{path}.damaged: set aside, and the run begins anew ({describe(error)})")
         return None
 
 
 def identify(config, images):
     """What equal runs have in common: version, config, the images' shape, a hash of some."""
     size, n = config.image_size, config.batch_size
-    expected = f"expected torch.uint8 (N, 3, {size}, {size}), N at least batch_size={n}"
-    is_tensor = isinstance(images, torch.Tensor)
-    check(is_tensor, f"images are a {type(images)}: {expected}, see load_faces")
-    is_legal = images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)
-    found = f"{images.dtype} {tuple(images.shape)}"
-    check(is_legal and len(images) >= n, f"images are {found}: {expected}, see load_faces")
+    expected = f"torch.uint8 (N, 3, {size}, {size}), N at least batch_size={n}"
+    check_images(images, size, n, expected)
     some = images[:: max(1, len(images) // 256)].cpu().contiguous().numpy()
     data = f"{tuple(images.shape)} {hashlib.sha1(some.tobytes()).hexdigest()[:8]}"
     return {"version": VERSION, **dataclasses.asdict(config), "data": data}
@@ -1021,10 +1046,11 @@ def save(training, folder):
             torch.save(training.state_dict(), part)
             part.replace(folder / "run.pt")  # whoever reads sees the old file or the new one
         except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             problem = f"step {training.step} is not saved in {folder}: {describe(error)}"
     if problem:
-        print(problem)
+        say(problem)
     return problem
 
 
@@ -1045,8 +1071,11 @@ def load_run(folder):
         small = file.with_name("run.pt.gz")
         check(small.exists(), f"{file}: no run. Train one: train(config, images, {str(folder)!r})")
         file = io.BytesIO(gzip.decompress(small.read_bytes()))
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    missing = vars(BASELINE).keys() - state["identity"].keys()
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file raises
+        raise ValueError(f"{folder}: its run cannot be read ({describe(error)})") from error
+    missing = vars(BASELINE).keys() - state.get("identity", {}).keys()
     check(not missing, f"{folder}: another version's run, without {missing}: load it with that one")
     config = Config(**{name: state["identity"][name] for name in vars(BASELINE)})
     for name, weight in state["kept"].items():
@@ -1060,9 +1089,7 @@ def load_run(folder):
 
 def watch(held_out, n):
     """An on_epoch for `train`: SWD and coverage of up to n samples, against held-out images."""
-    n = min(n, len(held_out))
-    check(n > 5, f"{n} of {len(held_out)} held-out images: expected 6 or more to measure on")
-    real = pick(held_out, n)
+    real = pick_measured(held_out, n)  #                                               (n, 3, S, S)
 
     def on_epoch(run):
         fake = sample(run, len(real))
@@ -1084,6 +1111,7 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
     SIGTERM end the processes that are ours, and each saves its run first.
     A process imports this module anew: it does not know a loss that a notebook's cell has added.
     """
+    jobs = list(jobs)
     for folder, n in Counter(Path(folder).expanduser().resolve() for _, folder in jobs).items():
         check(n == 1, f"{folder} is the folder of {n} runs: expected one for each")
     deadline = time.time() + 3600 * time_budget
@@ -1166,7 +1194,7 @@ def end_with_parent():
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that holds the signal once Ctrl-C or SIGTERM has come.
+    """A list that holds the signal once Ctrl-C, SIGTERM or a closed terminal's SIGHUP has come.
 
     At the end the signal does what it does without us; the handlers are the caller's again.
     """
@@ -1177,7 +1205,8 @@ def stop_signals():
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for number in {signal.SIGINT, signal.SIGTERM, hangup}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as Ctrl-C is in `python a.py &`
                 before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
@@ -1186,7 +1215,7 @@ def stop_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
         if arrived:
-            signal.raise_signal(max(arrived))  # SIGTERM, if both came
+            signal.raise_signal(max(arrived))  # SIGTERM, if several came
 
 
 @functools.cache
@@ -1197,7 +1226,7 @@ def best_device():
             torch.ones(8, device="cuda").cos().sum().item()
             return torch.device("cuda")
     except RuntimeError as error:
-        print(f"This GPU cannot be used, the CPU is ({describe(error)}). On Kaggle take GPU T4 x2.")
+        say(f"This GPU cannot be used, the CPU is ({describe(error)}). On Kaggle take GPU T4 x2.")
     return torch.device("cpu")
 
 
@@ -1243,7 +1272,7 @@ class Faces(torch.utils.data.Dataset):
         check(size in SIZES, f"{size=}: expected one of {SIZES}")
         self.source = Path(source).expanduser().resolve()
         self.size = int(size)
-        self.is_zip = zipfile.is_zipfile(self.source)
+        self.is_zip = is_zip(self.source)
         is_known = self.is_zip or self.source.is_dir()
         check(is_known, f"{self.source}: no folder, and no zip that is whole. {HOW_TO_GET_FACES}")
         open_zip.cache_clear()  # another zip may lie there by now
@@ -1336,7 +1365,14 @@ def decode_image(data, size):
 
 
 def is_source(path):
-    return path.is_dir() or zipfile.is_zipfile(path)
+    return path.is_dir() or is_zip(path)
+
+
+def is_zip(path):
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:  # given the path, is_zipfile says no where it may not read
+        return zipfile.is_zipfile(file)
 
 
 def find_faces(kaggle="/kaggle/input", data="data"):
@@ -1353,12 +1389,12 @@ def find_faces(kaggle="/kaggle/input", data="data"):
     found = [Faces(place, SIZES[0]) for place in places]  # any size: nothing is decoded
     found.sort(key=lambda faces: not faces.names)  # what has images first
     if not asked and not any(faces.names for faces in found):
-        print(f"No data set. {HOW_TO_GET_FACES}", *map(what_is_in, found), sep="\n")
+        say("\n".join([f"No data set. {HOW_TO_GET_FACES}", *map(what_is_in, found)]))
         return None
-    print("Taken:", what_is_in(found[0]))
+    say(f"Taken: {what_is_in(found[0])}")
     for faces in found[1:]:
         if faces.names:
-            print("Not taken:", what_is_in(faces))
+            say(f"Not taken: {what_is_in(faces)}")
     return found[0].source
 
 
@@ -1366,9 +1402,11 @@ def what_is_in(faces):
     """As "photos.zip: 40 images (a 30, b 10); passed over 2 .csv"."""
     folders = Counter(os.path.dirname(name) or "." for name in faces.names)
     by_folder = ", ".join(f"{folder} {n:,}" for folder, n in folders.most_common(8))
+    if len(folders) > 8:
+        by_folder += f", {len(folders) - 8} more"
     others = ", ".join(f"{n:,} {ending}" for ending, n in faces.passed_over.most_common(8))
     words = f"{len(faces):,} images ({by_folder}); passed over {others or 'nothing'}"
-    return f"{faces.source}: {words}".encode(errors="replace").decode()  # a name need not be text
+    return f"{faces.source}: {words}"
 
 
 def load_faces(source, size, cache_dir=CACHE_DIR):
@@ -1384,19 +1422,24 @@ def load_faces(source, size, cache_dir=CACHE_DIR):
         return drawn_faces(size)
     faces = Faces(source, size)
     check(faces.names, f"{what_is_in(faces)}. {HOW_TO_GET_FACES}")
-    stamp = hashlib.sha1(repr((faces.stamps, "decoder 6")).encode()).hexdigest()[:12]
+    stamp = hashlib.sha1(repr((faces.stamps, "decoder 7")).encode()).hexdigest()[:12]
     cache = Path(cache_dir).expanduser() / f"{faces.source.stem}-{size}px-{stamp}"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         # A killed process leaves it there: its name tells what it is.
         with tempfile.TemporaryDirectory(prefix=f"{cache.name}.part-", dir=cache.parent) as folder:
             decode_all(faces, Path(folder, "whole"))
-            with contextlib.suppress(OSError):  # another process was faster
+            try:
                 Path(folder, "whole").rename(cache)
+            except OSError:
+                if not cache.exists():  # else another process was faster
+                    raise
+    n, n_all = map(int, (cache / "counts.txt").read_text().split())
     pixels = np.memmap(cache / "images.u8", np.uint8, mode="r")
+    is_whole = len(pixels) == n_all * 3 * faces.size**2
+    check(is_whole, f"{cache} has lost some of its {n_all} images: delete it, and call again")
     with warnings.catch_warnings(action="ignore"):  # that it must not be written to
         images = torch.from_numpy(pixels).view(-1, 3, faces.size, faces.size)
-    n = int((cache / "to_train_on.txt").read_text())
     return images[:n], images[n:]
 
 
@@ -1409,12 +1452,12 @@ def drawn_faces(size):
 
 
 def decode_all(faces, folder):
-    """Write all pixels to folder/images.u8, those held out last, and the number of the others."""
+    """Write all pixels to folder/images.u8, those held out last; (others, all) to counts.txt."""
     folder.mkdir()
     need = 1.2 * len(faces) * 3 * faces.size**2 / 1e9  # those held out are written twice
     free = shutil.disk_usage(folder).free / 1e9
     check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
-    print("Decoding", what_is_in(faces))
+    say(f"Decoding {what_is_in(faces)}")
     is_celeba = len(faces) == CELEBA_IMAGES
     n, hashes, damaged = 0, [], []
     with (folder / "images.u8").open("wb") as file, tempfile.TemporaryFile(dir=folder) as held_out:
@@ -1433,13 +1476,13 @@ def decode_all(faces, folder):
                 n += 1
         held_out.seek(0)
         shutil.copyfileobj(held_out, file)
-    (folder / "to_train_on.txt").write_text(str(n))
+    (folder / "counts.txt").write_text(f"{n} {len(hashes)}")
     rule = "CelebA's test partition" if is_celeba else "a tenth, by a hash of the pixels"
-    print(f"{n:,} to train on, {len(hashes) - n:,} held out: {rule}")
-    some = "; ".join(damaged[:10]).encode(errors="replace").decode()
+    say(f"{n:,} to train on, {len(hashes) - n:,} held out: {rule}")
+    some = "; ".join(damaged[:10])
     copies = len(hashes) - len(set(hashes))
     if copies or damaged:
-        print(f"{copies:,} exact copies. {len(damaged):,} skipped: {some}")
+        say(f"{copies:,} exact copies. {len(damaged):,} skipped: {some}")
     check(hashes, f"{faces.source}: no image can be decoded. {HOW_TO_GET_FACES}")
 
 
@@ -1452,8 +1495,13 @@ def decoded(faces):
         except ValueError as error:  # it must not cost the other 200,000
             return error
 
-    with futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow lets them run
-        yield from tqdm(pool.map(decode, range(len(faces))), "decoding", len(faces), mininterval=2)
+    bar = tqdm(desc="decoding", total=len(faces), mininterval=2)
+    with bar, futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow lets them run
+        for start in range(0, len(faces), 1024):  # more would wait in memory for a slow disk
+            some = range(start, min(start + 1024, len(faces)))
+            for pixels in pool.map(decode, some):
+                bar.update()
+                yield pixels
 
 
 def content_hash(pixels):
@@ -1500,10 +1548,11 @@ def sliced_wasserstein(real, fake, seed=0):
     of a Laplacian pyramid and their mean: {"64": .., "32": .., "16": .., "avg": ..}. Its floor,
     real against other real images, falls with N. Blind to a shift of all colours.
     """
-    alike = real.shape == fake.shape and real.dtype == fake.dtype == torch.uint8
-    found = [(images.dtype, *images.shape) for images in (real, fake)]
-    check(alike, f"real and fake are {found}: expected uint8 (N, 3, S, S), alike")
-    random = torch.Generator().manual_seed(seed)
+    check_images(real)
+    check_images(fake)
+    found = f"{tuple(real.shape)} real, {tuple(fake.shape)} fake"
+    check(real.shape == fake.shape, f"{found} images: expected as many, of one size")
+    random = torch.Generator().manual_seed(int(seed))
     distances = {}
     for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(fake)):  #          (N, 3, s, s) each
         side = a.shape[-1]
@@ -1553,6 +1602,7 @@ def cut_patches(images, corner):
 
 def thumbnails(images):
     """Images at 16 px as vectors of doubles in [0, 255], (N, 768)."""
+    check_images(images)
     parts = images.cpu().split(1024)
     return torch.cat([F.adaptive_avg_pool2d(part.double(), 16).flatten(1) for part in parts])
 
@@ -1599,9 +1649,16 @@ def coverage(real, fake, k=5):
 def pick(images, n, seed=0):
     """n of the images at random, uint8 (n, 3, S, S) on the CPU, in the order they had."""
     check(0 < n <= len(images), f"n={n}: expected 1 to {len(images)}, the number of images")
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(int(seed))
     index = torch.randperm(len(images), generator=random)[:n].sort().values  #                  (n,)
     return images[index.to(images.device)].cpu()
+
+
+def pick_measured(held_out, n, seed=0):
+    """Up to n of the held-out images."""
+    n = min(n, len(held_out))
+    check(n > 5, f"{n} of {len(held_out)} held-out images: expected 6 or more to measure on")
+    return pick(held_out, n, seed)
 
 
 def measure(real, fake, seed=0):
@@ -1625,8 +1682,8 @@ def evaluate(run, held_out, others, n=1024, seed=0):
     coverage_real, diversity_real. n: at most as many as there are.
     """
     check(run.history, f"nothing of this run was trained ({run.stopped}): call train again")
-    n = min(n, len(held_out), len(others))
-    real = pick(held_out, n, seed)
+    real = pick_measured(held_out, min(n, len(others)), seed)  #                       (n, 3, S, S)
+    n = len(real)
     last = run.history[-1]
     floor = measure(real, pick(others, n, seed), seed)
     return {
@@ -1651,6 +1708,7 @@ def evaluate(run, held_out, others, n=1024, seed=0):
 
 def show_images(images, title="", columns=6):
     """A grid of uint8 images (N, 3, S, S)."""
+    check_images(images)
     columns = min(columns, len(images))
     grid = make_grid(images, columns, padding=1, pad_value=255).permute(1, 2, 0)  #        (H, W, 3)
     height, width, _ = grid.shape
@@ -1784,7 +1842,7 @@ def choose_d_step(discriminator, real, fake, config):
     if config.r1 + config.r2 == 0:
         return d_step
     if not linear_layers(discriminator):
-        print("Penalties by a double backward: D is not only Conv2d with biases and LeakyReLU.")
+        say("Penalties by a double backward: D is not only Conv2d with biases and LeakyReLU.")
         return d_step
     exact = gradient_of(d_step, discriminator, real[:4], fake[:4], config)
     try:
@@ -1794,7 +1852,7 @@ def choose_d_step(discriminator, real, fake, config):
     difference = ((found - exact).norm() / exact.norm()).item()
     if difference < 1e-3:
         return d_step_linear
-    print(f"Penalties by a double backward: the linear form is off by {difference:.1%} for this D.")
+    say(f"Penalties by a double backward: the linear form is off by {difference:.1%} for this D.")
     return d_step
 
 

@@ -84,6 +84,7 @@ block_act='gelu': expected one of ['relu', 'leaky_relu', 'tanh']
 flip='yes': expected one of [False, True]
 batch_size='64': expected int from 2 to {10**12}
 epochs=2.5: expected int from 1 to {10**12}
+lr_width=True: expected int from 0 to {10**12}
 d_every=0: expected int from 1 to {10**12}
 lr_g=nan: expected float from 0 to {10**12}
 lr_d=inf: expected float from 0 to {10**12}

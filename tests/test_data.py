@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import struct
+import sys
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,7 +220,15 @@ def test_names_that_are_no_text(tmp_path, load_all, capsys):
     put(folder / os.fsdecode(b"\xff/a.png"), encoded(noise(9)))
     put(folder / os.fsdecode(b"\xff.jpg"), b"damaged")
     assert len(load_all(folder)) == 3
-    assert "1 skipped: ?.jpg is damaged" in capsys.readouterr().out
+    assert "1 skipped: \\udcff.jpg is damaged" in capsys.readouterr().out
+
+
+def test_names_that_the_console_cannot_show(tmp_path, load_all, monkeypatch):
+    folder = fill(tmp_path / "照片", 2)
+    put(folder / "脸.jpg", b"damaged")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))  # as on Windows
+    assert len(load_all(folder)) == 2
+    assert b"1 skipped: \\u8138.jpg is damaged" in sys.stdout.buffer.getvalue()
 
 
 def test_damage_in_a_zip_costs_one_image(tmp_path, load_all, capsys):
@@ -274,9 +284,9 @@ def test_any_loader_with_workers_gives_the_same_images(tmp_path, load_all, form)
 # ------------------------------------------------------------- the cache
 def replace_at_once(folder):
     path = folder / "0000.png"
-    time = path.stat().st_mtime_ns
+    changed = path.stat().st_mtime_ns
     put(path, encoded(noise(99)) + bytes(9))
-    os.utime(path, ns=(time, time))
+    os.utime(path, ns=(changed, changed))
 
 
 CHANGES = {
@@ -333,6 +343,39 @@ def test_interrupted_decoding_leaves_no_cache(tmp_path, load_all, monkeypatch):
     monkeypatch.undo()
     assert not any((tmp_path / "cache").iterdir())
     assert len(load_all(folder)) == 5
+
+
+def test_cache_that_was_cut_short_is_named(tmp_path, load):
+    folder = fill(tmp_path / "photos", 5)
+    load(folder)
+    (file,) = (tmp_path / "cache").rglob("images.u8")
+    file.write_bytes(file.read_bytes()[:-768])
+    with pytest.raises(ValueError, match="photos-16px.* lost some of its 5 images: delete it"):
+        load(folder)
+
+
+def test_cache_that_cannot_be_filed_is_said(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=PermissionError("a scanner holds it")))
+    with pytest.raises(PermissionError, match="a scanner"):
+        load(fill(tmp_path / "photos", 3))
+
+
+def test_decoding_does_not_run_far_ahead_of_a_slow_disk():
+    class Many:
+        taken = 0
+
+        def __len__(self):
+            return 4000
+
+        def __getitem__(self, i):
+            self.taken += 1
+            return torch.zeros(1)
+
+    many = Many()
+    next(cs.decoded(many))
+    time.sleep(0.3)
+    assert many.taken <= 1024
+    assert len(list(cs.decoded(many))) == 4000
 
 
 def test_full_disk_is_said_before_decoding(tmp_path, load, monkeypatch):  # case 23
@@ -461,6 +504,13 @@ def test_data_is_taken_with_its_count_by_folder(tmp_path, find, capsys):
     for name in ("faces", "masks"):
         shutil.rmtree(tmp_path / "data" / name)
     assert find() == tmp_path / "data/more.zip"
+
+
+def test_zip_that_cannot_be_read_now_is_not_passed_over(tmp_path, find, monkeypatch):
+    put(tmp_path / "data/faces.zip", zipped(fill(tmp_path / "faces", 3)).read_bytes())
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError("not now")))
+    with pytest.raises(PermissionError, match="not now"):
+        find()
 
 
 @pytest.mark.parametrize("name", ["celeba.tar.gz", "a.parquet", "a.npz", "half.zip", "a.heic"])

@@ -137,6 +137,19 @@ def test_unequal_sets_are_refused(faces):
         cs.pick(faces, 600)
 
 
+def test_images_that_are_no_bytes_are_refused(faces):
+    for wrong, words in (
+        (faces.float() / 255, "torch.float32"),
+        (faces[:, :1], "128, 1, 32, 32"),
+        (faces[:, :, 1:], "128, 3, 31, 32"),
+    ):
+        for function in (cs.sliced_wasserstein, cs.diversity, cs.coverage, cs.nearest):
+            with pytest.raises(ValueError, match=f"{words}.*expected torch.uint8 .N, 3, S, S"):
+                function(faces[: len(wrong)], wrong)
+        with pytest.raises(ValueError, match=words):
+            cs.show_images(wrong)
+
+
 def test_figures_are_drawn(run):
     begun = dataclasses.replace(run, history=[{**run.history[0]}])  # before its first epoch's end
     begun.history[0].pop("diversity", None)

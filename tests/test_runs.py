@@ -10,6 +10,7 @@ import pickle
 import random
 import runpy
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -181,7 +182,9 @@ def leave_mark(folder, run):
     Path(folder, "trains").touch()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
+)
 def test_signals_save_and_then_do_what_they_always_do(tiny, toys, tmp_path, number, code):
     args = tiny.but(epochs=2000), toys, tmp_path, False, functools.partial(leave_mark, tmp_path)
     child = server.Process(target=cs.train, args=args)
@@ -208,6 +211,11 @@ def test_another_run_in_the_folder_is_refused_and_stays(tiny, toys, tmp_path, mo
     torch.save(state, file)
     with pytest.raises(ValueError, match="another version's run, without {'lr_width'}"):
         cs.load_run("~/gan/run")
+    torch.save({"model": 1}, file)
+    with pytest.raises(ValueError, match="holds another run .*loss: None there, bce here"):
+        train(tiny, toys, "~/gan/run")
+    with pytest.raises(ValueError, match="another version's run"):
+        cs.load_run("~/gan/run")
 
 
 class Malicious:
@@ -224,6 +232,8 @@ def test_damaged_file_is_named_and_set_aside(tiny, toys, tmp_path, capsys, monke
     whole = train(tiny, toys, "run")
     damaged = damage(Path("run/run.pt").read_bytes())
     Path("run/run.pt").write_bytes(damaged)
+    with pytest.raises(ValueError, match="run: its run cannot be read"):
+        cs.load_run("run")
     assert same_run(whole, train(tiny, toys, "run"))
     assert "run.pt.damaged: set aside" in capsys.readouterr().out
     assert Path("run/run.pt.damaged").read_bytes() == damaged and not Path("executed").exists()
@@ -266,8 +276,9 @@ def test_finished_run_is_loaded_where_nothing_can_be_written(tiny, toys, tmp_pat
     train(tiny, toys, tmp_path)
     monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=PermissionError))
     assert train(tiny, toys, tmp_path).finished
-    with pytest.raises(PermissionError):
-        train(tiny, toys, tmp_path / "new")
+    for config, folder in ((tiny, tmp_path / "new"), (tiny.but(epochs=2), tmp_path)):
+        with pytest.raises(PermissionError):
+            train(config, toys, folder)
 
 
 def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_path):  # case 17
@@ -275,20 +286,31 @@ def test_what_was_trained_is_saved_before_a_wrong_answer_raises(tiny, toys, tmp_
         (lambda run: 1 / 0, ZeroDivisionError),
         (lambda run: 7, AttributeError),
         (lambda run: {"swd": "low"}, ValueError),
+        (lambda run: sys.exit(), SystemExit),
     ):
         with pytest.raises(error):
-            train(tiny, toys, tmp_path, on_epoch=answer)
-        assert step_of(tmp_path) == 2
+            train(tiny, toys, tmp_path / error.__name__, on_epoch=answer)
+        assert step_of(tmp_path / error.__name__) == 2
 
     def on_epoch(run):
         return {"swd": np.float32(7), "images": 1e9}
 
-    run = train(tiny, toys, tmp_path, on_epoch=on_epoch)
+    run = train(tiny, toys, tmp_path / "ValueError", on_epoch=on_epoch)
     assert run.history[-1]["images"] == 32  # what `train` records itself stays
-    saved = cs.load_run(tmp_path)
+    saved = cs.load_run(tmp_path / "ValueError")
     assert run.finished and same_run(run, saved)
     assert type(saved.history[-1]["swd"]) is float
     assert train(tiny, toys, on_epoch=print).finished
+
+
+def test_wrong_arguments_are_named_with_what_was_expected(tiny, toys):  # case 9
+    with pytest.raises(ValueError, match="config='converged': expected a Config"):
+        train("converged", toys)
+    with pytest.raises(ValueError, match="progress=.*on_epoch is the next one"):
+        cs.train(tiny, toys, None, print)
+    run = train(tiny, toys, time_budget="0")
+    assert run.stopped == "time"
+    assert torch.equal(cs.sample(run, 4, np.int64(3)), cs.sample(run, 4, 3))
 
 
 def test_wrong_images_are_named_with_what_was_expected(tiny, toys):  # case 9
@@ -342,6 +364,9 @@ def test_full_disk_is_said_and_the_run_goes_on(tiny, toys, tmp_path, capsys, mon
     run = train(tiny, toys, tmp_path, save_every=0)
     assert run.history[-1]["epoch"] == 1 and "No space left" in run.stopped
     assert "step 1 is not saved" in capsys.readouterr().out and not os.listdir(tmp_path)
+    with monkeypatch.context() as patch:  # a failing disk may become read-only
+        patch.setattr(Path, "unlink", Mock(side_effect=OSError(30, "Read-only file system")))
+        assert train(tiny, toys, tmp_path).history
     answer = iter([False, True])  # is the time up?
     monkeypatch.setattr(cs, "reason_to_stop", lambda *args: "time" if next(answer) else "")
     run = train(tiny, toys, tmp_path)
