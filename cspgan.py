@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision.utils import make_grid
@@ -1735,6 +1736,8 @@ def plot_losses(run, title="losses"):
     losses.set_yscale("symlog", linthresh=1e-3)  # 0.001 is not 0: D learns on; may be negative
     losses.yaxis.set_major_formatter("{x:g}")
     plot_history(losses, run, title, d_loss="D", g_loss="G")
+    if losses.get_ylim()[0] > 0.05:  # else the decades are ticks enough
+        losses.yaxis.set_major_locator(FixedLocator((0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)))
     plot_history(logits, run, "D's mean logit", d_real="real images", d_fake="generated images")
     plot_history(alarm, run, "diversity (real: 1; red: collapse)", diversity="256 samples")
     fair = LOSSES[run.config.loss].equilibrium(run.config.label_smoothing)
