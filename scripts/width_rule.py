@@ -1,4 +1,4 @@
-"""What the report's section "Does it hold at the assignment's size?" rests on.
+"""What the report's section "The assignment's own size" rests on, and its appendix.
 
     python scripts/width_rule.py faces.zip      # a day on two cores; goes on where it was stopped
 
@@ -272,7 +272,7 @@ def draw(found):
     growing = growing_layers(moves)
     trained = trained_swd(found)
     peaks = largest_activations(found)
-    figure = Figure((6, 4.8), layout="constrained")
+    figure = Figure((6, 4.4), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1)
     draw_moves(top, moves, growing)
     draw_first_steps(middle, peaks)
@@ -365,9 +365,9 @@ def draw_widths(ax, trained):
     lines = (
         ("larger", 1, "C0o-", "a = 1, 64 px"),
         ("final", 1, "C0s--", "a = 1, 32 px"),
-        ("loud", 1, "C0.:", "a = 1, trials"),
-        ("loud", 0.5, "C1.:", "a = 0.5, trials"),
-        ("loud", 0, "C3.:", "a = 0, trials"),
+        ("loud", 1, "C0.:", "a = 1, 32 px trials"),
+        ("loud", 0.5, "C1.:", "a = 0.5, 32 px trials"),
+        ("loud", 0, "C3.:", "a = 0, 32 px trials"),
     )
     for kind, power, style, label in lines:
         line = {}
