@@ -883,6 +883,7 @@ def train(
     name = folder or config.label()
     training = open_training(config, images, folder)
     run = training.run
+    try_to_write(training, folder)
     opened_at = (training.step, len(run.snapshots))
     window = max(1, training.steps // 200)  # steps between two records
     saved = time.monotonic()
@@ -980,8 +981,6 @@ def open_training(config, images, folder):
     device = best_device()
     state = folder and read_checkpoint(folder)
     if not state:
-        if folder:
-            try_to_write(folder)
         return Training(config, images, device, choose_precision(config, images, device))
     there = state.get("identity", {})  # {}: another program's file
     if config.lr_end == 1:  # a constant rate knows of no end: more epochs may be asked for
@@ -994,17 +993,16 @@ def open_training(config, images, folder):
     check(not differences, f"{folder} holds another run ({differences}): take another run_dir")
     training = Training(config, images, device, state["environment"]["precision"])
     training.load_state_dict(state)
-    if training.step < training.steps:
-        try_to_write(folder)
     made = ", ".join(training.run.environment.values())
     say(f"{folder}: loaded at step {training.step} of {training.steps}; {made}")
     return training
 
 
-def try_to_write(folder):
-    """Fails now, if at all, and not after the training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+def try_to_write(training, folder):
+    """Fails now, if at all, and not after the training. A finished run needs no place."""
+    if folder and training.step < training.steps:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def read_checkpoint(folder):
