@@ -52,8 +52,8 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 VERSION = "3.0"  # stored with every run
-# Where D has won, a CPU is 100 times as slow with denormal numbers. This holds for threads that do
-# not run yet: import the module before torch computes.
+# Once D has won, denormal numbers make a CPU 100 times as slow: they become 0. Only threads that
+# start after this call do it, so import this module before torch computes.
 torch.set_flush_denormal(True)
 torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
 
@@ -64,7 +64,7 @@ def check(condition, message):
 
 
 def check_images(images, size=None, n=1, expected="torch.uint8 (N, 3, S, S)"):
-    """They must be n or more, uint8 (N, 3, size, size); None: of any size."""
+    """Raise unless they are n or more, uint8 (N, 3, size, size); size None: any."""
     expected = f"expected {expected}, see load_faces"
     check(isinstance(images, torch.Tensor), f"images are a {type(images)}: {expected}")
     shape = tuple(images.shape)
@@ -74,7 +74,7 @@ def check_images(images, size=None, n=1, expected="torch.uint8 (N, 3, S, S)"):
 
 
 def say(text):
-    """Print it, whatever a file's name in it holds: what a console cannot show comes escaped."""
+    """Print text; what the console cannot show, as in some files' names, is escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
@@ -137,7 +137,7 @@ class Generator(nn.Module):
 
     "cspup_first":  z as 1x1 -> CSPup -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
     "deconv_first": z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 64x64 -> deconvolution -> 128x128
-    "cspup_last":   z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 128x128 -> 3x3, same size
+    "cspup_last":   z as 1x1 -> deconvolution -> 4x4 ... CSPup -> 128x128 -> 3x3 deconvolution
 
     image_size: a power of two from 16 up; `Config` checks it. width: channels at 4x4, halved with
     every doubling.
@@ -239,11 +239,11 @@ def init_dcgan(network, seed):
 
 
 def init_he(network, seed):
-    """He's (arXiv 1502.01852): the output of a layer has the variance of its input; biases 0.
+    """He's (arXiv 1502.01852): a layer and its activation keep the variance; biases 0.
 
-    A weight's variance is gain / fan-in, the products summed in one output. The gain is 2, because
-    an activation loses half of what it is given; of a deconvolution it is 1, because in CSPup no
-    activation follows it. The last 3x3 of a block keeps 2 although none follows it either: with
+    A weight's variance is gain / fan-in, the number of products summed in one output. The gain is
+    2, because an activation loses half of what it is given; of a deconvolution it is 1, because in
+    CSPup none follows it. The last 3x3 of a block keeps 2 although none follows it either: with
     the left branch, and without BatchNorm, a block's output has three times its input's variance.
     The weights of `to_rgb` are a quarter as large, or pixels would saturate.
     """
@@ -275,7 +275,7 @@ class Loss:
     d: Callable  # (d_real, d_fake, smoothing) -> (); smoothing: real images' target is 1 minus this
     g: Callable  # (d_real, d_fake) -> ()
     g_needs_real: bool = True  # False: d_real is None in G's step, which saves a pass through D
-    # smoothing -> the logit of the best D, if it cannot tell them apart. None: not known.
+    # smoothing -> the best D's logit for every image, if it cannot tell them apart. None: unknown.
     fair_logit: Callable | None = None
 
     def equilibrium(self, smoothing=0.0):
@@ -299,7 +299,10 @@ def bce(logits, target):
 
 
 def bce_logits(logits, target):
-    """The same value, from the logits themselves: its gradient never dies."""
+    """The same function, from the logits themselves: its gradient never dies.
+
+    Where the sigmoid rounds to 1 (target 0, logits above 17), `bce` is 100, and this the logit.
+    """
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
@@ -312,7 +315,7 @@ def relativistic(higher, lower):
 
 
 def bce_losses(cross_entropy):
-    """The GAN's, with the non-saturating one for G (Goodfellow 2014, section 3)."""
+    """The first GAN's; G's is the non-saturating one (Goodfellow 2014, section 3)."""
     return Loss(
         d=lambda d_real, d_fake, smoothing: (
             cross_entropy(d_real, 1 - smoothing) + cross_entropy(d_fake, 0)
@@ -351,9 +354,9 @@ def gradient_penalty(logits, images):
 class Precision:
     """What a network's passes are computed in: "float32", or "float16" or "bfloat16" by autocast.
 
-    Gradients in float16 are scaled up, or the small ones would be 0. The scale is halved where
-    they overflow, and that step is left out; after 2,000 good steps it doubles. One object for each
-    optimizer. In float32 it does nothing, and its device does not matter.
+    Weights' gradients in float16 are scaled up, or the small ones would be 0. The scale is halved
+    where they overflow, and that step is left out; after 2,000 good steps it doubles. One object
+    for each optimizer. In float32 it does nothing, and its device does not matter.
     """
 
     def __init__(self, name="float32", device="cpu"):
@@ -426,7 +429,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": functools.partial(nn.LeakyReLU, 0.
 HEADS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 INITS = {"dcgan": init_dcgan, "he": init_he}
 SIZES = (16, 32, 64, 128, 256)
-CHOICES = {  # legal values of fields that are not just numbers; a new entry in a table is legal too
+CHOICES = {  # fields with a list of legal values; a new entry in a table is legal too
     "image_size": SIZES,
     "head": HEADS,
     "flip": (False, True),
@@ -453,13 +456,13 @@ class Config:
     flip: bool = False  # each real image is mirrored with probability 1/2
     generator: str = "cspup"  # "cspup", or "dcgan" as the control
     z_dim: int = 100  # numbers in one noise vector, each drawn from N(0, 1)
-    width: int = 1024  # channels at 4x4 of G and D; halved with every doubling of the resolution
+    width: int = 1024  # channels of G at 4x4; halved with every doubling of the resolution
     ladder: str = "cspup_first"  # or "deconv_first", "cspup_last": see `Generator`
     deconv_kernel: int = 4  # of what doubles: 4 (4x4, stride 2, padding 1) or 2 (2x2, stride 2)
     block_act: str = "relu"  # inside CSPup: "relu", "leaky_relu" (slope 0.2) or "tanh"
     block_norm: str = "none"  # BatchNorm inside CSPup: "none", "right" or "both", see there
     d_norm: bool = True  # BatchNorm on all of D's convolutions but the first and the last
-    d_wider: int = 1  # D's channels, times those of G
+    d_wider: int = 1  # D has this many times G's channels
     d_fewer: int = 0  # stride-2 convolutions left out of D, the deepest first
     init: str = "dcgan"  # weights N(0, 0.02^2), or "he": activations keep their size
     loss: str = "bce"  # "bce" (after a sigmoid, as the course has it), "bce_logits", "relativistic"
@@ -562,7 +565,7 @@ PRESETS = {
     "dcgan": BASELINE.but(generator="dcgan", lr_g=1e-4, lr_d=1e-4),
     # The control: DCGAN as published (arXiv 1511.06434).
     "dcgan_paper": BASELINE.but(generator="dcgan", head="tanh", loss="bce_logits"),
-    # What the others tried, each alone.
+    # What the others tried: one change each, but for no_bn_d and two_to_one.
     "bce_logits": BASELINE.but(loss="bce_logits"),
     "lazy_d": BASELINE.but(d_every=2),
     "shallow_d": BASELINE.but(d_fewer=1),
@@ -609,7 +612,7 @@ def make_discriminator(config: Config) -> nn.Module:
 
 
 def reads_input(name, layer):
-    """Whether a layer of G or D reads z or RGB, so that its fan-in does not grow with the width."""
+    """Whether a layer reads z (in `stem`) or RGB (`features.0`): its fan-in is not a width."""
     if name.startswith("stem"):
         return layer.kernel_size != (3, 3)  # in a CSPup only the two 3x3 read `width` channels
     return name == "features.0"
@@ -667,7 +670,8 @@ class Training:
 
     images: uint8 (N, 3, S, S). precision: of both networks, see `Precision`. With equal arguments
     and what `state_dict` gave, a training goes on as if it had never been stopped.
-    A turn is one pass through all images; an epoch is a number of images, as the config has it.
+    A turn is one pass through the images, without the few that do not fill a last batch; an epoch
+    is a number of images, as the config has it.
     """
 
     def __init__(self, config, images, device, precision="float32"):
@@ -703,7 +707,7 @@ class Training:
         config = self.config
         n = config.batch_size
         turn, k = divmod(self.step, len(self.images) // n)
-        if turn != self.turn:  # all images are seen again, in another order
+        if turn != self.turn:  # the images are seen again, in another order
             seed = 4 * config.seed + 3  # at most 16 bits, see MOST
             random = torch.Generator().manual_seed((turn << 16) + seed)
             order = torch.randperm(len(self.images), generator=random)  #                       (N,)
@@ -720,9 +724,9 @@ class Training:
 
     def set_rates(self):
         """The rates fall on a half cosine, from full_lr to lr_end * full_lr."""
-        fall = (1 - math.cos(math.pi * self.step / self.steps)) / 2  # from 0 to 1
+        decay = (1 - math.cos(math.pi * self.step / self.steps)) / 2  # from 0 to 1
         for group in self.opt_g.param_groups + self.opt_d.param_groups:
-            group["lr"] = group["full_lr"] * (1 - (1 - self.config.lr_end) * fall)
+            group["lr"] = group["full_lr"] * (1 - (1 - self.config.lr_end) * decay)
 
     def advance(self):
         """A step of D, every d_every-th time, and one of G, on the same images and noise."""
@@ -747,7 +751,7 @@ class Training:
         """Add the means over the steps since the last record to the history.
 
         Steps that are not finite are left out, as float16 skips some; nan if all are. Between two
-        records no step waits for a GPU.
+        records nothing is read back from a GPU.
         """
         means = [x[x.isfinite()].mean().item() for x in torch.stack(self.recent).T]
         self.recent.clear()
@@ -819,9 +823,9 @@ def gradient_size(discriminator, real, config):
 def choose_precision(config, images, device):
     """On a GPU half precision: float16 below compute capability 8, bfloat16 from there on.
 
-    float32 - on a CPU;
-            - where penalties need a double backward, which nobody has tried in half precision;
-            - where the losses of four steps differ by more than 0.1 + 10 percent; this is printed.
+    Else float32: on a CPU; where penalties need a double backward, which nobody has tried in half
+    precision; and where mean losses of four steps differ by more than 0.1 + 10 percent, which is
+    printed.
     """
     if device.type != "cuda":
         return "float32"
@@ -835,7 +839,7 @@ def choose_precision(config, images, device):
     if torch.allclose(found, exact, rtol=0.1, atol=0.1):  # false where one is nan
         return half
     losses = f"{found.tolist()} in {half}, {exact.tolist()} in float32"
-    say(f"{config.label()}: it trains in float32, for the losses of D and G are {losses}")
+    say(f"{config.label()}: trains in float32, for D's and G's losses are {losses}")
     return "float32"
 
 
@@ -869,7 +873,8 @@ def train(
     Changed code is not seen: take another run_dir for it.
     on_epoch: a function of the run; the dictionary of numbers that it returns is recorded.
     time_budget: hours; then the run is saved and returned, `stopped`. Ctrl-C, SIGTERM and a closed
-    terminal save it, and then do what they always do. save_every: seconds that a crash may cost.
+    terminal save it where this is the main thread, and then do what they always do.
+    save_every: seconds that a crash may cost.
 
     The history has a record for each step, in longer runs at least 200, each the means over the
     steps since the one before: step, epoch, images, seconds, d_loss, g_loss, penalty, d_real,
@@ -891,7 +896,7 @@ def train(
     with stop_signals() as signals, bar:
         bar.update(training.step)
         while True:
-            epochs_looked_at = len(run.snapshots)  # one less if a look failed, before a resume
+            epochs_looked_at = len(run.snapshots)  # one fewer than done, if a look had failed
             if training.step // training.epoch_steps > epochs_looked_at:
                 look_safely(training, on_epoch, folder)
             run.stopped = reason_to_stop(training, signals, deadline)
@@ -1006,7 +1011,7 @@ def try_to_write(training, folder):
 
 
 def read_checkpoint(folder):
-    """What `save` wrote, or None. A damaged file is named and set aside."""
+    """What `save` wrote, or None. A file that was cut off is set aside."""
     path = folder / "run.pt"
     if not path.exists():
         return None
@@ -1014,8 +1019,8 @@ def read_checkpoint(folder):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file raises
-        if zipfile.is_zipfile(file):  # it is whole: memory is short, or another version wrote it
-            raise
+        if zipfile.is_zipfile(file):  # its end is there: short memory, or other damage
+            raise ValueError(f"{path} cannot be read now ({describe(error)})") from error
         path.replace(folder / "run.pt.damaged")
         say(f"{path}.damaged: set aside, and the run begins anew ({describe(error)})")
         return None
@@ -1054,7 +1059,7 @@ def save(training, folder):
 
 
 def is_finite(training):
-    """Whether all weights are, and BatchNorm's statistics, which no scaler protects."""
+    """Whether all weights and BatchNorm's statistics are. No scaler protects the latter."""
     networks = (training.generator, training.discriminator)
     return all(x.isfinite().all() for network in networks for x in network.state_dict().values())
 
@@ -1066,11 +1071,12 @@ def load_run(folder):
     weight is a pair, whole numbers and a scale.
     """
     file = Path(folder).expanduser() / "run.pt"
-    if not file.exists():
-        small = file.with_name("run.pt.gz")
-        check(small.exists(), f"{file}: no run. Train one: train(config, images, {str(folder)!r})")
-        file = io.BytesIO(gzip.decompress(small.read_bytes()))
+    small = file.with_name("run.pt.gz")
+    is_there = file.exists() or small.exists()
+    check(is_there, f"{file}: no run. Train one: train(config, images, {str(folder)!r})")
     try:
+        if not file.exists():
+            file = io.BytesIO(gzip.decompress(small.read_bytes()))
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file raises
         raise ValueError(f"{folder}: its run cannot be read ({describe(error)})") from error
@@ -1273,9 +1279,9 @@ class Faces(torch.utils.data.Dataset):
         self.size = int(size)
         self.is_zip = is_zip(self.source)
         is_known = self.is_zip or self.source.is_dir()
-        check(is_known, f"{self.source}: no folder, and no zip that is whole. {HOW_TO_GET_FACES}")
+        check(is_known, f"{self.source}: neither a folder nor a whole zip. {HOW_TO_GET_FACES}")
         open_zip.cache_clear()  # another zip may lie there by now
-        self.stamps = {}  # of each image file: another where it was changed
+        self.stamps = {}  # {name: checksum, or time and bytes}: another where a file has changed
         self.passed_over = Counter()
         list_files = files_in_zip if self.is_zip else files_in_folder
         for name, stamp in sorted(list_files(self.source)):
@@ -1380,7 +1386,7 @@ def find_faces(kaggle="/kaggle/input", data="data"):
     Says what was taken, with its count by folder, and what else has images. None: nothing is there.
     """
     asked = os.environ.get("CSPGAN_DATA")
-    places = [asked]  # an error if it is no data: nothing takes its place
+    places = [asked]  # nothing takes its place: without images `load_faces` raises
     if not asked:
         celeba = sorted(filter(is_source, Path(kaggle).rglob("img_align_celeba*")))
         others = filter(is_source, [Path(data), *sorted(Path(data).rglob("*.zip"))])
@@ -1453,9 +1459,10 @@ def drawn_faces(size):
 def decode_all(faces, folder):
     """Write all pixels to folder/images.u8, those held out last; (others, all) to counts.txt."""
     folder.mkdir()
-    need = 1.2 * len(faces) * 3 * faces.size**2 / 1e9  # those held out are written twice
-    free = shutil.disk_usage(folder).free / 1e9
-    check(need < free, f"{folder}: {need:.1f} GB needed, {free:.1f} free: take another cache_dir")
+    needed_gb = 1.2 * len(faces) * 3 * faces.size**2 / 1e9  # those held out are written twice
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    sizes = f"{needed_gb:.1f} GB needed, {free_gb:.1f} free"
+    check(needed_gb < free_gb, f"{folder}: {sizes}: take another cache_dir")
     say(f"Decoding {what_is_in(faces)}")
     is_celeba = len(faces) == CELEBA_IMAGES
     n, hashes, damaged = 0, [], []
@@ -1545,7 +1552,7 @@ def sliced_wasserstein(real, fake, seed=0):
 
     real, fake: uint8 (N, 3, S, S), equally many. Returns the distance of 7x7 patches at each level
     of a Laplacian pyramid and their mean: {"64": .., "32": .., "16": .., "avg": ..}. Its floor,
-    real against other real images, falls with N. Blind to a shift of all colours.
+    real against other real images, falls with N. Blind to each colour's mean and contrast.
     """
     check_images(real)
     check_images(fake)
@@ -1570,7 +1577,7 @@ def sliced_wasserstein(real, fake, seed=0):
 
 
 def laplacian_pyramid(images):
-    """[(N, 3, S, S), ... (N, 3, 16, 16)]: what each size adds to the next smaller one."""
+    """[(N, 3, S, S), ... (N, 3, 16, 16)]: what each size adds to the next smaller, and 16 px."""
     x = images.to(best_device()).float()  #                                             (N, 3, S, S)
     levels = []
     while x.shape[-1] > 16:
@@ -1609,8 +1616,8 @@ def thumbnails(images):
 def nearest(images, among, k=1):
     """(distance, index), (N,) each, of an image's k-th nearest one of `among`.
 
-    Not itself, where both are one tensor. Distance: root mean square of pixels in [0, 1], at 16 px.
-    Of a copy it is exactly 0: means of bytes over a power of two are exact in doubles.
+    Not itself, where both are one tensor. Distance: root mean square difference of pixels in
+    [0, 1], at 16 px. Of a copy it is exactly 0: means of 2^k bytes are exact in doubles.
     """
     a = thumbnails(images)  #                                                               (N, 768)
     b = thumbnails(among)  #                                                                (M, 768)
@@ -1624,8 +1631,8 @@ def nearest(images, among, k=1):
 def diversity(real, fake):
     """Mean distance of a fake image to its nearest other fake one, over the same for real ones.
 
-    real, fake: uint8 (N, 3, S, S), equally many. 1 is right, towards 0 is collapse. Copies among
-    the real ones are left out; nan if all are.
+    real, fake: uint8 (N, 3, S, S), equally many. 1 is right, towards 0 is collapse. Of equal real
+    images one is used, and as many fake ones as real ones remain; nan if only one remains.
     """
     check(len(real) == len(fake), f"{len(real)} real, {len(fake)} fake images: expected as many")
     real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])  #                   (M, 3, S, S)
@@ -1636,7 +1643,7 @@ def diversity(real, fake):
 
 
 def coverage(real, fake, k=5):
-    """Share of real images with a fake one no farther than their k-th real one (arXiv 2002.09797).
+    """Share of real images with a fake one as near as their k-th real neighbour (arXiv 2002.09797).
 
     real: uint8 (N, 3, S, S), fake: (M, 3, S, S). Higher is better; real against real reads 0.97.
     """
@@ -1680,7 +1687,7 @@ def evaluate(run, held_out, others, n=1024, seed=0):
     Their reference, what the metrics read on n other real images, stands beside: swd_floor,
     coverage_real, diversity_real. n: at most as many as there are.
     """
-    check(run.history, f"nothing of this run was trained ({run.stopped}): call train again")
+    check(run.history, f"this run has no record yet ({run.stopped}): call train again")
     real = pick_measured(held_out, min(n, len(others)), seed)  #                       (n, 3, S, S)
     n = len(real)
     last = run.history[-1]
@@ -1837,8 +1844,8 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
 def choose_d_step(discriminator, real, fake, config):
     """`d_step_linear` where there are penalties and it is exact for this D, else `d_step`.
 
-    It is tried in float64 on up to 4 images, so that a D whose layers are known but whose forward
-    does something else with them is found out.
+    It is tried with weights and images in float64, on up to 4 images, so that a D whose layers are
+    known but whose forward does something else with them is found out.
     """
     if config.r1 + config.r2 == 0:
         return d_step
@@ -1847,10 +1854,11 @@ def choose_d_step(discriminator, real, fake, config):
         return d_step
     exact = gradient_of(d_step, discriminator, real[:4], fake[:4], config)
     try:
-        found = gradient_of(d_step_linear, discriminator, real[:4], fake[:4], config)
-    except RuntimeError:  # its layers do not follow each other as they stand
-        found = exact * math.inf
-    difference = ((found - exact).norm() / exact.norm()).item()
+        linear = gradient_of(d_step_linear, discriminator, real[:4], fake[:4], config)
+    except RuntimeError as error:  # its layers do not follow each other as they stand
+        say(f"Penalties by a double backward: the linear form fails ({describe(error)}).")
+        return d_step
+    difference = ((linear - exact).norm() / exact.norm()).item()
     if difference < 1e-3:
         return d_step_linear
     say(f"Penalties by a double backward: the linear form is off by {difference:.1%} for this D.")
