@@ -124,7 +124,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     groups = [CHANGES, PARTS]
     heights = [len(changes) for changes in groups]
-    figure = Figure((9.6, 0.175 * sum(heights) + 0.75), layout="constrained", dpi=80)
+    figure = Figure((9.6, 0.17 * sum(heights) + 0.75), layout="constrained", dpi=80)
     panels = figure.subplots(
         2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
     )
