@@ -68,8 +68,12 @@ def check_images(images, size=None, n=1, expected="torch.uint8 (N, 3, S, S)"):
     expected = f"expected {expected}, see load_faces"
     check(isinstance(images, torch.Tensor), f"images are a {type(images)}: {expected}")
     shape = tuple(images.shape)
-    is_legal = images.dtype == torch.uint8 and len(shape) == 4 and len(images) >= n
-    is_legal = is_legal and shape[1:] == (3, size or shape[3], size or shape[3])
+    is_legal = (
+        images.dtype == torch.uint8
+        and len(shape) == 4
+        and shape[1:] == (3, size or shape[3], size or shape[3])
+        and len(images) >= n
+    )
     check(is_legal, f"images are {images.dtype} {shape}: {expected}")
 
 
@@ -204,18 +208,19 @@ class Discriminator(nn.Module):
     """DCGAN's discriminator: images (N, 3, S, S) -> raw logits (N,). A sigmoid belongs to the loss.
 
     Convolutions of kernel 4 and stride 2 down to a map of 4x4, with the generator's channels in
-    reverse. LeakyReLU(0.2) follows each, BatchNorm (`norm`) each but the first. A last convolution
-    covers the map. fewer: convolutions left out, the deepest first, so that the map is larger.
+    reverse, each followed by BatchNorm (`norm`; not the first) and LeakyReLU(0.2). A last
+    convolution covers the map. fewer: convolutions left out, the deepest first, so that the map is
+    larger.
     """
 
     def __init__(self, image_size=128, width=1024, norm=True, fewer=0):
         super().__init__()
         rungs = image_size.bit_length() - 3
         channels = [max(2, width >> k) for k in range(rungs)][fewer:][::-1]
-        layers = [nn.Conv2d(3, channels[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for c, out in zip(channels, channels[1:]):
+        layers = []
+        for c, out in zip([3, *channels], channels):
             layers.append(nn.Conv2d(c, out, 4, 2, 1))
-            if norm:  # no running statistics: D is never used in evaluation mode
+            if norm and len(layers) > 1:  # no running statistics: D is never in evaluation mode
                 layers.append(nn.BatchNorm2d(out, track_running_stats=False))
             layers.append(nn.LeakyReLU(0.2))
         self.features = nn.Sequential(*layers)
@@ -289,8 +294,8 @@ class Loss:
 def bce(logits, target):
     """Mean binary cross-entropy of sigmoid(logits), (N,), and one target; ln 2 if D cannot tell.
 
-    This is the course's form. In float32 its gradient fades: for target 1 below a logit of -28 (at
-    -41 a millionth is left), for target 0 it is nothing above 17.
+    This is the course's form. In float32 its gradient fades: for target 1 below logit -28 (to a
+    millionth at -41); for target 0 it is 0 above logit 17.
     """
     p = torch.sigmoid(logits)  #                                                                (N,)
     # CUDA's function ends the process where it is given NaN, so NaN is hidden here ...
@@ -484,19 +489,19 @@ class Config:
     seed: int = 0  # 4 seed + 0 and 1 are the seeds of weights, + 2 of noise, + 3 of data order
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if field.name in CHOICES:
-                legal = list(CHOICES[field.name])
-                check(value in legal, f"{field.name}={value!r}: expected one of {legal}")
+        for name, value in vars(self).items():
+            kind = type(getattr(Config, name))  # of the default
+            if name in CHOICES:
+                legal = list(CHOICES[name])
+                check(value in legal, f"{name}={value!r}: expected one of {legal}")
             else:
-                low, high = LEAST.get(field.name, 0), MOST.get(field.name, 10**12)
+                low, high = LEAST.get(name, 0), MOST.get(name, 10**12)
                 is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-                is_legal = is_number and low <= value <= high
-                is_legal = is_legal and kind(value) == value  # 2.5 is no whole number
+                # The last part: 2.5 is no whole number.
+                is_legal = is_number and low <= value <= high and kind(value) == value
                 expected = f"expected {kind.__name__} from {low} to {high}"
-                check(is_legal, f"{field.name}={value!r}: {expected}")
-            object.__setattr__(self, field.name, kind(value))  # NumPy's numbers are taken
+                check(is_legal, f"{name}={value!r}: {expected}")
+            object.__setattr__(self, name, kind(value))  # NumPy's numbers are taken
         most = self.image_size.bit_length() - 4  # one convolution stays
         check(self.d_fewer <= most, f"d_fewer={self.d_fewer}: expected int from 0 to {most}")
         is_epoch = self.epoch_images == 0 or self.epoch_images >= self.batch_size
@@ -510,8 +515,8 @@ class Config:
 
     def label(self, base=None):
         """The difference from `base` (None: BASELINE) in words: "head=tanh, lr_d=0.0003"."""
-        there = vars(base or BASELINE)
-        changes = [f"{name}={value}" for name, value in vars(self).items() if value != there[name]]
+        others = vars(base or BASELINE)
+        changes = [f"{name}={value}" for name, value in vars(self).items() if value != others[name]]
         return ", ".join(changes) or "no change"
 
     @property
@@ -593,10 +598,12 @@ def make_generator(config: Config) -> nn.Module:
     """The config's generator with its initial weights."""
     options = {"head": HEADS[config.head]}
     if config.generator == "cspup":
-        options["ladder"] = config.ladder
-        options["act"] = ACTIVATIONS[config.block_act]
-        options["norm"] = config.block_norm
-        options["kernel"] = config.deconv_kernel
+        options.update(
+            ladder=config.ladder,
+            act=ACTIVATIONS[config.block_act],
+            norm=config.block_norm,
+            kernel=config.deconv_kernel,
+        )
     make = GENERATORS[config.generator]
     generator = make(config.image_size, config.width, config.z_dim, **options)
     INITS[config.init](generator, 4 * config.seed)
@@ -635,7 +642,7 @@ def adam(network, config, lr):
             else:
                 unscaled["params"].append(weight)
     betas = (config.beta1, config.beta2)
-    # Its lr stands for nothing: `Training.set_rates` sets each group's from full_lr before a step.
+    # Before each step `Training.set_rates` replaces lr by a share of the group's full_lr.
     groups = [unscaled, scaled]
     return torch.optim.Adam(groups, lr, betas, weight_decay=config.weight_decay, fused=True)
 
@@ -716,8 +723,7 @@ class Training:
         real = self.images[self.order[k * n : (k + 1) * n]].to(self.device, non_blocking=True)
         real = to_network(real, config).contiguous(memory_format=torch.channels_last)
         if config.flip:
-            coin = torch.rand(n, 1, 1, 1, generator=self.noise)
-            coin = coin.to(self.device, non_blocking=True)
+            coin = torch.rand(n, 1, 1, 1, generator=self.noise).to(self.device, non_blocking=True)
             real = torch.where(coin < 0.5, real.flip(3), real)
         z = torch.randn(n, config.z_dim, generator=self.noise)
         return real, z.to(self.device, non_blocking=True)
@@ -755,9 +761,13 @@ class Training:
         """
         means = [x[x.isfinite()].mean().item() for x in torch.stack(self.recent).T]
         self.recent.clear()
-        record = dict(zip(STATS, means), step=self.step, epoch=self.step / self.epoch_steps)
-        record["images"] = self.step * self.config.batch_size
-        record["seconds"] = time.monotonic() - self.started
+        record = dict(
+            zip(STATS, means),
+            step=self.step,
+            epoch=self.step / self.epoch_steps,
+            images=self.step * self.config.batch_size,
+            seconds=time.monotonic() - self.started,
+        )
         self.run.history.append(record)
 
     def look(self, on_epoch):
@@ -823,9 +833,9 @@ def gradient_size(discriminator, real, config):
 def choose_precision(config, images, device):
     """On a GPU half precision: float16 below compute capability 8, bfloat16 from there on.
 
-    Else float32: on a CPU; where penalties need a double backward, which nobody has tried in half
-    precision; and where mean losses of four steps differ by more than 0.1 + 10 percent, which is
-    printed.
+    Else float32: on a CPU; where penalties need a double backward, of which in half precision only
+    a single step is tested; and where mean losses of four steps differ by more than 0.1 + 10
+    percent, which is printed.
     """
     if device.type != "cuda":
         return "float32"
@@ -838,8 +848,10 @@ def choose_precision(config, images, device):
     found, _ = try_precision(config, images, device, half)
     if torch.allclose(found, exact, rtol=0.1, atol=0.1):  # false where one is nan
         return half
-    losses = f"{found.tolist()} in {half}, {exact.tolist()} in float32"
-    say(f"{config.label()}: trains in float32, for D's and G's losses are {losses}")
+    say(
+        f"{config.label()}: trains in float32, for D's and G's losses are "
+        f"{found.tolist()} in {half}, {exact.tolist()} in float32"
+    )
     return "float32"
 
 
@@ -892,9 +904,14 @@ def train(
     opened_at = (training.step, len(run.snapshots))
     window = max(1, training.steps // 200)  # steps between two records
     saved = time.monotonic()
-    bar = tqdm(total=training.steps, desc=str(name), mininterval=2, disable=not progress)
+    bar = tqdm(
+        desc=str(name),
+        total=training.steps,
+        initial=training.step,
+        mininterval=2,
+        disable=not progress,
+    )
     with stop_signals() as signals, bar:
-        bar.update(training.step)
         while True:
             epochs_looked_at = len(run.snapshots)  # one fewer than done, if a look had failed
             if training.step // training.epoch_steps > epochs_looked_at:
@@ -909,13 +926,11 @@ def train(
             if time.monotonic() - saved > save_every:
                 save(training, folder)
                 saved = time.monotonic()
-        is_changed = (training.step, len(run.snapshots)) != opened_at
-        if is_changed:
+        if (training.step, len(run.snapshots)) != opened_at:  # else all of it is on file
             reasons = [run.stopped, save(training, folder)]
             run.stopped = "; ".join(filter(None, reasons))
         if run.stopped:
-            where = f"{name}: stopped at step {training.step} of {training.steps}"
-            say(f"{where} ({run.stopped})")
+            say(f"{name}: stopped at step {training.step} of {training.steps} ({run.stopped})")
     return run
 
 
@@ -936,8 +951,8 @@ def reason_to_stop(training, signals, deadline):
         last = training.run.history[-1]
         losses = last["d_loss"], last["g_loss"]
         is_suspect = not np.isfinite(losses).all() or training.step % training.epoch_steps == 0
-        # In float16 a step may overflow and be left out; then the weights are as they were.
-        # BatchNorm's statistics may be lost even where no loss shows it.
+        # A float16 step that overflowed was left out: its loss proves nothing. And BatchNorm's
+        # statistics can be lost where no loss shows it.
         if is_suspect and not is_finite(training):
             return f"weights or BatchNorm's statistics not finite, losses of D and G {losses}"
     if training.step < training.steps:
@@ -987,13 +1002,13 @@ def open_training(config, images, folder):
     state = folder and read_checkpoint(folder)
     if not state:
         return Training(config, images, device, choose_precision(config, images, device))
-    there = state.get("identity", {})  # {}: another program's file
+    stored = state.get("identity", {})  # {}: another program's file
     if config.lr_end == 1:  # a constant rate knows of no end: more epochs may be asked for
-        there["epochs"] = max(there.get("epochs", 0), config.epochs)
+        stored["epochs"] = max(stored.get("epochs", 0), config.epochs)
     differences = [
-        f"{name}: {there.get(name)} there, {value} here"
+        f"{name}: {stored.get(name)} there, {value} here"
         for name, value in here.items()
-        if there.get(name) != value
+        if stored.get(name) != value
     ]
     check(not differences, f"{folder} holds another run ({differences}): take another run_dir")
     training = Training(config, images, device, state["environment"]["precision"])
@@ -1004,7 +1019,7 @@ def open_training(config, images, folder):
 
 
 def try_to_write(training, folder):
-    """Fails now, if at all, and not after the training. A finished run needs no place."""
+    """Raise now, and not after hours, if a run to be trained cannot be saved there."""
     if folder and training.step < training.steps:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1031,7 +1046,7 @@ def identify(config, images):
     size, n = config.image_size, config.batch_size
     expected = f"torch.uint8 (N, 3, {size}, {size}), N at least batch_size={n}"
     check_images(images, size, n, expected)
-    some = images[:: max(1, len(images) // 256)].cpu().contiguous().numpy()
+    some = images[:: max(1, len(images) // 256)].cpu().numpy()
     data = f"{tuple(images.shape)} {hashlib.sha1(some.tobytes()).hexdigest()[:8]}"
     return {"version": VERSION, **dataclasses.asdict(config), "data": data}
 
@@ -1113,7 +1128,8 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
     measured_on: `watch` measures on so many held-out images. time_budget: hours, for all together.
     Returns {folder: why it is not finished}. A run that fails costs no other. If a worker process
     dies, the pool ends: running jobs are saved, waiting ones do not start; call again. Ctrl-C and
-    SIGTERM end the processes that are ours, and each saves its run first.
+    SIGTERM end the processes that are ours, and each saves its run first (on Windows not always:
+    up to ten minutes of it are lost).
     A process imports this module anew: it does not know a loss that a notebook's cell has added.
     """
     jobs = list(jobs)
@@ -1126,13 +1142,15 @@ def train_all(jobs, source, executor=None, measured_on=512, time_budget=math.inf
     reasons = {}
     pool = contextlib.nullcontext(executor) if executor else worker_processes()
     with pool as workers:
-        folders = {}
-        for config, folder in jobs:
-            future = workers.submit(train_job, config, folder, source, measured_on, deadline)
-            folders[future] = str(folder)
+        folders = {
+            workers.submit(train_job, config, folder, source, measured_on, deadline): str(folder)
+            for config, folder in jobs
+        }
         for future in tqdm(futures.as_completed(folders), "runs", len(jobs)):
-            reasons[folders[future]] = why_unfinished(future)
-    return {folder: reason for folder, reason in reasons.items() if reason}
+            reason = why_unfinished(future)
+            if reason:
+                reasons[folders[future]] = reason
+    return reasons
 
 
 def train_job(config, folder, source, measured_on, deadline):
@@ -1173,7 +1191,7 @@ def worker_processes():
         yield executor
     except BaseException:  # Ctrl-C, which may have come to this process alone
         for process in set(multiprocessing.active_children()) - set(others):
-            process.terminate()  # SIGTERM: `train` saves its run
+            process.terminate()  # SIGTERM: `train` saves its run, but on Windows
         raise
     finally:
         executor.shutdown(cancel_futures=True)
@@ -1201,7 +1219,7 @@ def end_with_parent():
 def stop_signals():
     """A list that holds the signal once Ctrl-C, SIGTERM or a closed terminal's SIGHUP has come.
 
-    At the end the signal does what it does without us; the handlers are the caller's again.
+    At the end the caller's handlers are back, and the signal is raised again for them.
     """
     arrived = []
 
@@ -1334,21 +1352,17 @@ def files_in_zip(path):
             yield info.filename, info.CRC
 
 
-def files_in_folder(folder):
+def files_in_folder(folder, below=""):
     """(name, (time of the last change, bytes)) of all files below it; (name, None) of links."""
-
-    def fail(error):  # what cannot be listed must not look empty
-        raise error
-
-    for top, folders, names in os.walk(folder, onerror=fail):
-        links = [name for name in folders if Path(top, name).is_symlink()]
-        for name in names + links:
-            path = Path(top, name)
-            stamp = None
-            if not path.is_symlink():
-                about = path.stat()
-                stamp = (about.st_mtime_ns, about.st_size)
-            yield str(path.relative_to(folder)), stamp
+    for entry in os.scandir(folder / below):
+        name = os.path.join(below, entry.name)
+        if entry.is_symlink():
+            yield name, None
+        elif entry.is_dir():
+            yield from files_in_folder(folder, name)
+        else:
+            about = os.stat(entry)
+            yield name, (about.st_mtime_ns, about.st_size)
 
 
 def decode_image(data, size):
@@ -1386,21 +1400,21 @@ def find_faces(kaggle="/kaggle/input", data="data"):
     Says what was taken, with its count by folder, and what else has images. None: nothing is there.
     """
     asked = os.environ.get("CSPGAN_DATA")
-    places = [asked]  # nothing takes its place: without images `load_faces` raises
+    places = [asked]
     if not asked:
         celeba = sorted(filter(is_source, Path(kaggle).rglob("img_align_celeba*")))
         others = filter(is_source, [Path(data), *sorted(Path(data).rglob("*.zip"))])
         places = [*celeba[:1], *others]  # of nested folders the outer
     found = [Faces(place, SIZES[0]) for place in places]  # any size: nothing is decoded
-    found.sort(key=lambda faces: not faces.names)  # what has images first
-    if not asked and not any(faces.names for faces in found):
+    # Nothing takes the place of what is asked for: if it is empty, `load_faces` raises.
+    usable = [faces for faces in found if faces.names or asked]
+    if not usable:
         say("\n".join([f"No data set. {HOW_TO_GET_FACES}", *map(what_is_in, found)]))
         return None
-    say(f"Taken: {what_is_in(found[0])}")
-    for faces in found[1:]:
-        if faces.names:
-            say(f"Not taken: {what_is_in(faces)}")
-    return found[0].source
+    say(f"Taken: {what_is_in(usable[0])}")
+    for faces in usable[1:]:
+        say(f"Not taken: {what_is_in(faces)}")
+    return usable[0].source
 
 
 def what_is_in(faces):
@@ -1410,8 +1424,8 @@ def what_is_in(faces):
     if len(folders) > 8:
         by_folder += f", {len(folders) - 8} more"
     others = ", ".join(f"{n:,} {ending}" for ending, n in faces.passed_over.most_common(8))
-    words = f"{len(faces):,} images ({by_folder}); passed over {others or 'nothing'}"
-    return f"{faces.source}: {words}"
+    count = f"{len(faces):,} images ({by_folder})"
+    return f"{faces.source}: {count}; passed over {others or 'nothing'}"
 
 
 def load_faces(source, size, cache_dir=CACHE_DIR):
@@ -1420,8 +1434,8 @@ def load_faces(source, size, cache_dir=CACHE_DIR):
     source: a folder or zip, or None for 4,096 procedural faces. Its images are decoded once, into
     cache_dir, and memory-mapped read-only: clone them before you write to them, or Python dies.
     What cannot be decoded is named and skipped. Held out is CelebA's own test partition where the
-    whole of CelebA is there, else every image whose pixels' hash falls in a fixed tenth: at one
-    size it stays on its side when others come, and so do its copies.
+    whole of CelebA is there, else a tenth, by a hash of the pixels: at one size an image and its
+    copies stay on one side, whatever else comes.
     """
     if source is None:
         return drawn_faces(size)
@@ -1461,13 +1475,16 @@ def decode_all(faces, folder):
     folder.mkdir()
     needed_gb = 1.2 * len(faces) * 3 * faces.size**2 / 1e9  # those held out are written twice
     free_gb = shutil.disk_usage(folder).free / 1e9
-    sizes = f"{needed_gb:.1f} GB needed, {free_gb:.1f} free"
-    check(needed_gb < free_gb, f"{folder}: {sizes}: take another cache_dir")
+    check(
+        needed_gb < free_gb,
+        f"{folder}: {needed_gb:.1f} GB needed, {free_gb:.1f} free: take another cache_dir",
+    )
     say(f"Decoding {what_is_in(faces)}")
     is_celeba = len(faces) == CELEBA_IMAGES
     n, hashes, damaged = 0, [], []
     with (folder / "images.u8").open("wb") as file, tempfile.TemporaryFile(dir=folder) as held_out:
-        for name, pixels in zip(faces.names, decoded(faces)):
+        bar = tqdm(decoded(faces), "decoding", len(faces), mininterval=2)
+        for pixels, name in zip(bar, faces.names):
             if isinstance(pixels, ValueError):
                 damaged.append(str(pixels))
                 continue
@@ -1501,13 +1518,9 @@ def decoded(faces):
         except ValueError as error:  # it must not cost the other 200,000
             return error
 
-    bar = tqdm(desc="decoding", total=len(faces), mininterval=2)
-    with bar, futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow lets them run
+    with futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow lets them run
         for start in range(0, len(faces), 1024):  # more would wait in memory for a slow disk
-            some = range(start, min(start + 1024, len(faces)))
-            for pixels in pool.map(decode, some):
-                bar.update()
-                yield pixels
+            yield from pool.map(decode, range(start, min(start + 1024, len(faces))))
 
 
 def content_hash(pixels):
@@ -1592,7 +1605,7 @@ def laplacian_pyramid(images):
 def smooth(x):
     """By the 5x5 binomial, (N, 3, s, s)."""
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=x.device) / 16
-    binomial = (row[:, None] * row).expand(3, 1, 5, 5)
+    binomial = torch.outer(row, row).expand(3, 1, 5, 5)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), binomial, groups=3)
 
 
@@ -1631,11 +1644,11 @@ def nearest(images, among, k=1):
 def diversity(real, fake):
     """Mean distance of a fake image to its nearest other fake one, over the same for real ones.
 
-    real, fake: uint8 (N, 3, S, S), equally many. 1 is right, towards 0 is collapse. Of equal real
-    images one is used, and as many fake ones as real ones remain; nan if only one remains.
+    real, fake: uint8 (N, 3, S, S), equally many. 1 is right, towards 0 is collapse. Equal real
+    images count once, and as many fake ones are used as then remain; nan if it is one.
     """
     check(len(real) == len(fake), f"{len(real)} real, {len(fake)} fake images: expected as many")
-    real = real.flatten(1).unique(dim=0).view(-1, *real.shape[1:])  #                   (M, 3, S, S)
+    real = real.unique(dim=0)  #                                                        (M, 3, S, S)
     fake = fake[: len(real)]  #                                                         (M, 3, S, S)
     if len(real) == 1:
         return math.nan
@@ -1769,12 +1782,12 @@ def plot_history(ax, run, title, **labels):
 
 
 def linear_layers(discriminator):
-    """D's layers in their order, if each is a convolution with biases or a LeakyReLU; else None."""
+    """D's layers in their order. Raise unless each is a convolution with biases or a LeakyReLU."""
     layers = [layer for layer in discriminator.modules() if not list(layer.children())]
     for layer in layers:
         has_bias = getattr(layer, "bias", True) is not None
-        if type(layer) not in (nn.Conv2d, nn.LeakyReLU) or not has_bias:
-            return None
+        is_known = type(layer) in (nn.Conv2d, nn.LeakyReLU) and has_bias
+        check(is_known, f"{layer}: expected nn.Conv2d with biases or nn.LeakyReLU; use d_step")
     return layers
 
 
@@ -1799,7 +1812,6 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     Passes: x; back, for v and s; u; back, for the weights.
     """
     layers = linear_layers(discriminator)
-    check(layers, "d_step_linear: expected a D of nn.Conv2d and nn.LeakyReLU alone; use d_step")
     discriminator.requires_grad_(True)
     optimizer.zero_grad()
     n = len(real)
@@ -1813,20 +1825,19 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
     logits = passed[-1].flatten().float()  #                                                    (N,)
     v, *slopes = torch.autograd.grad(logits.sum(), passed)  #  each of the shape of one of `passed`
 
-    # the loss, and w, its gradient by each logit
+    # the loss and the penalty, and their gradients: w by each logit, gamma v by v
     logits = logits.detach().requires_grad_()  #                                                (N,)
+    v.requires_grad_()
     d_real, d_fake = logits.split([n, len(fake)])  #                                      (n,), (m,)
     d_loss = LOSSES[config.loss].d(d_real, d_fake, config.label_smoothing)  #                     ()
-    (w,) = torch.autograd.grad(precision.scaler.scale(d_loss), logits)  #                       (N,)
+    squares = v.square().sum(dim=(1, 2, 3))  #                                                  (N,)
+    penalty = config.r1 / 2 * squares[:n].mean() + config.r2 / 2 * squares[n:].mean()  #          ()
+    w, gamma_v = torch.autograd.grad(precision.scaler.scale(d_loss + penalty), [logits, v])
     w = w.view(-1, 1, 1, 1)  #                                                          (N, 1, 1, 1)
-    gamma = torch.empty_like(w)  #                                                      (N, 1, 1, 1)
-    gamma[:n] = config.r1 / n
-    gamma[n:] = config.r2 / len(fake)
 
     # u through D, at the kinks of x, and from each convolution back to its weights.
     # before: what entered the layer; slope: the gradient of D(x) by what it gave.
-    scaled_gamma = precision.scaler.scale(gamma)
-    u = torch.addcmul(scaled_gamma * v, w, x.detach())  #                               (N, 3, S, S)
+    u = torch.addcmul(gamma_v, w, x.detach())  #                                        (N, 3, S, S)
     for layer, before, slope in zip(layers, passed, slopes):
         if isinstance(layer, nn.LeakyReLU):
             u = torch.where(before > 0, u, layer.negative_slope * u)  #                 (N, c, s, s)
@@ -1836,8 +1847,6 @@ def d_step_linear(discriminator, optimizer, real, fake, config, precision=FLOAT3
         u = u + w * layer.bias.view(-1, 1, 1)  #                                        (N, c, s, s)
         u.backward(slope)
     precision.step(optimizer)
-
-    penalty = (gamma / 2 * v.square()).sum()  #                                                   ()
     return torch.stack([d_loss, d_real.mean(), d_fake.mean(), penalty]).detach()  #             (4,)
 
 
@@ -1849,15 +1858,12 @@ def choose_d_step(discriminator, real, fake, config):
     """
     if config.r1 + config.r2 == 0:
         return d_step
-    if not linear_layers(discriminator):
-        say("Penalties by a double backward: D is not only Conv2d with biases and LeakyReLU.")
-        return d_step
-    exact = gradient_of(d_step, discriminator, real[:4], fake[:4], config)
     try:
         linear = gradient_of(d_step_linear, discriminator, real[:4], fake[:4], config)
-    except RuntimeError as error:  # its layers do not follow each other as they stand
+    except (ValueError, RuntimeError) as error:  # other layers, or they do not follow each other
         say(f"Penalties by a double backward: the linear form fails ({describe(error)}).")
         return d_step
+    exact = gradient_of(d_step, discriminator, real[:4], fake[:4], config)
     difference = ((linear - exact).norm() / exact.norm()).item()
     if difference < 1e-3:
         return d_step_linear
