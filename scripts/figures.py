@@ -1,8 +1,8 @@
-"""The report's drawn figures, from what is on file: faces, the block, the path, single changes.
+"""The report's drawn figures, from what is on file: faces, block, path, long runs, single changes.
 
     python scripts/figures.py
 
-Leaves faces.jpg, rows.png, block.png, path.png and changes.png in results/figures/.
+Leaves faces.jpg, rows.png, block.png, path.png, time.png and changes.png in results/figures/.
 Needs no data and no GPU.
 No row has more than six faces: on a phone each is then 60 pixels wide.
 """
@@ -35,6 +35,13 @@ PATH = {  # a row each, and what it changes
     "path_4_wide_d": "+ a D twice as wide",
     "path_5_ema": "+ a running mean of G",
     "converged": "+ pairs, mirrored faces: converged",
+}
+LONG = {  # runs of 512,000 images (`converged`: 128,000), and their colour
+    "h1_bn_leaky_20": "C1",
+    "h2_l2_big_batch_20": "C4",
+    "h3_smooth_tanh_20": "C2",
+    "dcgan_paper_20": "C0",
+    "converged": "C3",
 }
 SCALES = {"64": "C0", "32": "C1", "16": "C2"}  # pixels a side, and their colour
 CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts of converged
@@ -100,8 +107,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.5 * len(PATH) + 3), layout="constrained", dpi=60)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.5] * len(PATH) + [3])
+    figure = Figure((9, 1.44 * len(PATH) + 2.8), layout="constrained", dpi=60)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.44] * len(PATH) + [2.8])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
@@ -119,12 +126,34 @@ def draw_path():
     figure.savefig(FIGURES / "path.png")
 
 
+def draw_time():
+    """Samples of two long runs; below them the slope of D over the images seen."""
+    figure = Figure((9, 5), layout="constrained", dpi=60)
+    top, bottom, chart = figure.subplots(3, 1, height_ratios=(1.44, 1.44, 2.1))
+    draw_samples(top, "h3_smooth_tanh_20", "h3 after 512,000 images")
+    draw_samples(bottom, "dcgan_paper_20", "DCGAN's recipe after 512,000 images")
+    for name, colour in LONG.items():
+        path = RESULTS / "runs" / name / "seed0" / "history.json"
+        records = [
+            record for record in json.loads(path.read_text())["history"] if "grad_d" in record
+        ]
+        images = [record["images"] / 1000 for record in records]
+        slopes = [record["grad_d"] for record in records]
+        chart.plot(images, slopes, ".-", color=colour, label=name)
+    chart.set_title("|grad D| at real images, pixels in [-1, 1]", loc="left", fontsize=14)
+    chart.set(yscale="log", xlabel="thousand images seen")
+    chart.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+    chart.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    chart.grid(alpha=0.3)
+    figure.savefig(FIGURES / "time.png")
+
+
 def draw_changes():
     """SWD and diversity of h1 and of `converged` with one change each, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
     groups = [CHANGES, PARTS]
     heights = [len(changes) for changes in groups]
-    figure = Figure((9.6, 0.17 * sum(heights) + 0.75), layout="constrained", dpi=80)
+    figure = Figure((9.6, 0.165 * sum(heights) + 0.75), layout="constrained", dpi=80)
     panels = figure.subplots(
         2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
     )
@@ -213,4 +242,5 @@ if __name__ == "__main__":
     draw_rows()
     draw_block()
     draw_path()
+    draw_time()
     draw_changes()

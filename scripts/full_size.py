@@ -37,30 +37,15 @@ FILE = ROOT / "results" / "full_size.json"
 
 
 def draw_pictures(run):
-    """Sixty samples, two walks between noise vectors, and the film of the training."""
+    """Sixty samples, and the film of the training."""
     samples = cs.sample(run, 60, seed=1)  #                                        (60, 3, 128, 128)
     picture(samples, columns=12).save(FIGURES / "full_size.jpg", quality=90)
-    walks = picture(walk(run), columns=6)
-    walks.save(FIGURES / "full_size_walks.jpg", quality=90)
     save_film(run)
 
 
 def picture(images, columns):
     grid = make_grid(images, columns, padding=1, pad_value=255)  #                         (3, H, W)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-@torch.no_grad()
-def walk(run):
-    """Two walks of six steps from one noise vector to another, along an arc."""
-    random = torch.Generator().manual_seed(1)
-    ends = torch.randn(2, 2, run.config.z_dim, generator=random)  #                    (2, 2, z_dim)
-    angle = torch.linspace(0, torch.pi / 2, 6).view(1, 6, 1)
-    z = ends[:, :1] * angle.cos() + ends[:, 1:] * angle.sin()  #                       (2, 6, z_dim)
-    generator = run.generator.eval()
-    device = next(generator.parameters()).device
-    images = generator(z.flatten(0, 1).to(device))  #                              (12, 3, 128, 128)
-    return cs.to_uint8(images.cpu(), run.config)
 
 
 def save_film(run):
@@ -72,7 +57,7 @@ def save_film(run):
 
 def draw_curves(found):
     """SWD by images seen, a line for each recipe."""
-    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    figure = Figure(figsize=(8, 2.15), layout="constrained")
     ax = figure.subplots()
     for name in NAMES:
         if name not in found:  # of a file that an earlier list of names left
