@@ -75,6 +75,7 @@ PARTS = {  # one thing changed in converged
     "without_ema": "",
     "without_bn_in_g": "G without BatchNorm",
     "without_he": "weights N(0, 0.02)",
+    "cspup_last": "deconvolution first, CSPup to the end",
 }
 
 
@@ -107,8 +108,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.44 * len(PATH) + 2.8), layout="constrained", dpi=60)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.44] * len(PATH) + [2.8])
+    figure = Figure((9, 1.4 * len(PATH) + 2.5), layout="constrained", dpi=60)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.4] * len(PATH) + [2.5])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
@@ -120,6 +121,7 @@ def draw_path():
         chart.axvline(floor, color=colour, ls="--", label=f"{scale} px, real faces {floor:.1f}")
     chart.set_title("SWD by scale, lower is better: a point for each seed", loc="left", fontsize=14)
     chart.set(xscale="log", xlim=(5, 400), ylim=(len(PATH) - 0.5, -0.5), ylabel="step")
+    chart.set_yticks(range(len(PATH)))
     chart.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
     chart.legend(loc="lower right")
     chart.grid(alpha=0.3)
@@ -153,7 +155,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     groups = [CHANGES, PARTS]
     heights = [len(changes) for changes in groups]
-    figure = Figure((9.6, 0.165 * sum(heights) + 0.75), layout="constrained", dpi=80)
+    figure = Figure((9.6, 0.158 * sum(heights) + 0.75), layout="constrained", dpi=80)
     panels = figure.subplots(
         2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
     )
