@@ -771,7 +771,7 @@ class Training:
         self.run.history.append(record)
 
     def look(self, on_epoch):
-        """After an epoch: a snapshot, diversity, |grad D| at real images, what on_epoch finds."""
+        """After an epoch: a snapshot, diversity, the slopes of D, what on_epoch finds."""
         began = time.monotonic()
         record = self.run.history[-1]
         real = pick(self.images, min(256, len(self.images)))  #                         (n, 3, S, S)
@@ -781,7 +781,9 @@ class Training:
             found = {name: float(value) for name, value in found.items()}
             record.update({**found, **record})  # what is recorded anyway stays as it is
         record["diversity"] = diversity(real, fake)
-        record["grad_d"] = gradient_size(self.discriminator, real[:64].to(self.device), self.config)
+        for name, images in (("grad_d", real), ("grad_d_fake", fake)):
+            some = images[:64].to(self.device)  #                                      (64, 3, S, S)
+            record[name] = gradient_size(self.discriminator, some, self.config)
         self.run.snapshots.append((record["images"], fake[:36].clone()))  # 36 are kept, not 256
         self.started += time.monotonic() - began  # so that `seconds` leaves this out
 
@@ -822,10 +824,10 @@ class Training:
         self.run.environment = state["environment"]
 
 
-def gradient_size(discriminator, real, config):
-    """Root mean square of |grad_x D(x)| over real images, uint8 (N, 3, S, S), with x in [-1, 1]."""
+def gradient_size(discriminator, images, config):
+    """Root mean square of |grad_x D(x)| over images, uint8 (N, 3, S, S), with x in [-1, 1]."""
     low, high = config.pixel_range
-    x = to_network(real, config).requires_grad_()  #                                    (N, 3, S, S)
+    x = to_network(images, config).requires_grad_()  #                                  (N, 3, S, S)
     squares = gradient_penalty(discriminator(x), x)  #                                          (N,)
     return squares.mean().sqrt().item() * (high - low) / 2
 
@@ -891,7 +893,8 @@ def train(
     The history has a record for each step, in longer runs at least 200, each the means over the
     steps since the one before: step, epoch, images, seconds, d_loss, g_loss, penalty, d_real,
     d_fake (D's mean logits). The record at an epoch's end also has diversity (of 256 samples; near
-    0 is collapse), grad_d (`gradient_size`) and what on_epoch found.
+    0 is collapse), grad_d and grad_d_fake (`gradient_size` at real images and at samples) and what
+    on_epoch found.
     """
     check(hasattr(config, "but"), f"{config=}: expected a Config, as PRESETS['converged']")
     check(not callable(progress), f"{progress=}: expected True or False; on_epoch is the next one")

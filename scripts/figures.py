@@ -36,12 +36,12 @@ PATH = {  # a row each, and what it changes
     "path_5_ema": "+ a running mean of G",
     "converged": "+ pairs, mirrored faces: converged",
 }
-LONG = {  # runs of 512,000 images (`converged`: 128,000), and their colour
-    "h1_bn_leaky_20": "C1",
-    "h2_l2_big_batch_20": "C4",
-    "h3_smooth_tanh_20": "C2",
-    "dcgan_paper_20": "C0",
-    "converged": "C3",
+LONG = {  # runs of 512,000 images: a seed of which slopes are on file, and a colour
+    "h1_bn_leaky_20": (0, "C1"),
+    "h2_l2_big_batch_20": (0, "C4"),
+    "h3_smooth_tanh_20": (0, "C2"),
+    "dcgan_paper_20": (0, "C0"),
+    "converged_20": (1, "C3"),
 }
 SCALES = {"64": "C0", "32": "C1", "16": "C2"}  # pixels a side, and their colour
 CHANGES = {  # one thing changed in h1_bn_leaky: the course's claims, then parts of converged
@@ -134,11 +134,10 @@ def draw_time():
     top, bottom, chart = figure.subplots(3, 1, height_ratios=(1.44, 1.44, 2.1))
     draw_samples(top, "h3_smooth_tanh_20", "h3 after 512,000 images")
     draw_samples(bottom, "dcgan_paper_20", "DCGAN's recipe after 512,000 images")
-    for name, colour in LONG.items():
-        path = RESULTS / "runs" / name / "seed0" / "history.json"
-        records = [
-            record for record in json.loads(path.read_text())["history"] if "grad_d" in record
-        ]
+    for name, (seed, colour) in LONG.items():
+        path = RESULTS / "runs" / name / f"seed{seed}" / "history.json"
+        history = json.loads(path.read_text())["history"]
+        records = [record for record in history if "grad_d" in record]
         images = [record["images"] / 1000 for record in records]
         slopes = [record["grad_d"] for record in records]
         chart.plot(images, slopes, ".-", color=colour, label=name)

@@ -300,6 +300,24 @@ def test_records_are_means_of_the_steps_that_are_finite(tiny, toys):
     assert not training.recent
 
 
+@pytest.mark.parametrize("head", ["sigmoid", "tanh"])
+def test_slopes_of_d_are_at_real_images_and_at_samples_by_pixels_from_minus_one(tiny, toys, head):
+    training = cs.Training(tiny.but(head=head, d_norm=False, init="he"), toys, CPU)
+    training.advance()
+    training.record()
+    training.look(None)
+    record = training.run.history[-1]
+    low = training.config.pixel_range[0]
+    samples = cs.sample(training.run, len(toys))
+    for name, images in (("grad_d", toys), ("grad_d_fake", samples)):
+        y = (images[:64] / 127.5 - 1).requires_grad_()
+        x = low + (1 - low) * (y + 1) / 2
+        (slope,) = torch.autograd.grad(training.discriminator(x).sum(), y)
+        expected = slope.flatten(1).norm(dim=1).square().mean().sqrt().item()
+        assert record[name] == pytest.approx(expected, rel=1e-4)
+    assert record["grad_d"] != pytest.approx(record["grad_d_fake"], rel=1e-3)
+
+
 # ---- rates and means
 @pytest.mark.parametrize("step, times, share", [(10**6, 4, 0.5), (5, 1, 0.75), (20, 2, 0.5)])
 def test_running_mean_forgets_half_in_its_half_life(tiny, step, times, share):
