@@ -1,6 +1,6 @@
 """The runs behind the report: the path to `converged`, its parts, additions, claims; several seeds.
 
-    python scripts/evidence.py faces.zip              # all of them; about 60 hours of one CPU core
+    python scripts/evidence.py faces.zip              # all of them; about 70 hours of one CPU core
     python scripts/evidence.py faces.zip path_3_pace  # some of them
 
 At 64 px and width 128, with half the presets' batch and 25,600 images in an epoch. They train side
@@ -60,12 +60,18 @@ RECIPES["without_pace"] = CONVERGED.but(**plain)
 RECIPES["without_wide_d"] = CONVERGED.but(d_wider=1)
 RECIPES["without_cspup"] = CONVERGED.but(generator="dcgan")
 RECIPES["path_2_without_he"] = RECIPES["path_2_penalties"].but(init="dcgan")
-for name in ("converged", "dcgan_paper", "h1_bn_leaky", "h2_l2_big_batch", "h3_smooth_tanh"):
+for name in ("converged", "dcgan", "dcgan_paper", *list(cs.PRESETS)[2:5]):
     RECIPES[f"{name}_20"] = cs.PRESETS[name].but(epochs=20)
 
-# The course's sections.
-for name in ("baseline", "h0_more_epochs", "h2_l2_big_batch", "h3_smooth_tanh"):
-    RECIPES[name] = cs.PRESETS[name]
+# Is a wide D better because it is wide? `adam` divides both networks' rates by G's width, so a D
+# twice as wide learns twice as fast as the width rule would have it. And which part of the pace?
+RECIPES["path_3_double_rate_d"] = RECIPES["path_3_pace"].but(lr_d=4e-3)
+RECIPES["path_4_half_rate_d"] = RECIPES["path_4_wide_d"].but(lr_d=1e-3)
+RECIPES["path_2_rates"] = RECIPES["path_2_penalties"].but(lr_g=2e-3, lr_d=2e-3, lr_width=64)
+
+# The sections of the course, and all that the students tried.
+for name, config in cs.PRESETS.items():
+    RECIPES.setdefault(name, config)
 
 # Additions, each alone on h1_bn_leaky.
 RECIPES["h1_with_penalties"] = H1.but(d_norm=False, r1=2.0, r2=2.0)

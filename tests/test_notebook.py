@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,11 @@ def wrong_numbers(text):
 
 
 TABLE_ROW = r"\| `(\w+)`[^|]*\| ([\d,]+) \((\d)\) \| (\S[^|]*) \| (\S[^|]*) \| (\S[^|]*) \|"
+
+
+def test_every_run_on_file_is_a_recipe_that_can_be_repeated():
+    recipes = runpy.run_path(str(ROOT / "scripts/evidence.py"))["RECIPES"]
+    assert {record["preset"] for record in TABLE} <= set(recipes)
 
 
 def test_numbers_of_the_readme_are_those_on_file():
