@@ -630,7 +630,7 @@ def adam(network, config, lr):
 
     The rule: weights whose fan-in grows with the width get lr * lr_width / width, as in the maximal
     update parametrization (arXiv 2203.03466). Biases, BatchNorm, and what reads z or RGB keep lr.
-    `width` is G's in both networks: a D twice as wide learns twice as fast as its own would have it.
+    width is G's in both networks, so a D twice as wide learns twice as fast as its own would ask.
     """
     unscaled = {"params": [], "full_lr": lr}
     scaled = {"params": [], "full_lr": lr}
