@@ -99,7 +99,7 @@ def draw_samples(ax, name, words):
 
 def draw_rows():
     """The course's best, the control and `converged`, from the same noise."""
-    figure = Figure((9, 5.3), layout="constrained", dpi=60)
+    figure = Figure((9, 5.0), layout="constrained", dpi=60)
     for ax, (name, words) in zip(figure.subplots(len(ROWS), 1), ROWS.items()):
         draw_samples(ax, name, words)
     figure.savefig(FIGURES / "rows.png")
@@ -108,8 +108,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.4 * len(PATH) + 2.5), layout="constrained", dpi=60)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.4] * len(PATH) + [2.5])
+    figure = Figure((9, 1.3 * len(PATH) + 2.3), layout="constrained", dpi=60)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.3] * len(PATH) + [2.3])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
@@ -130,8 +130,8 @@ def draw_path():
 
 def draw_time():
     """Samples of two long runs; below them the slope of D over the images seen."""
-    figure = Figure((9, 5), layout="constrained", dpi=60)
-    top, bottom, chart = figure.subplots(3, 1, height_ratios=(1.44, 1.44, 2.1))
+    figure = Figure((9, 4.5), layout="constrained", dpi=60)
+    top, bottom, chart = figure.subplots(3, 1, height_ratios=(1.35, 1.35, 1.9))
     draw_samples(top, "h3_smooth_tanh_20", "h3 after 512,000 images")
     draw_samples(bottom, "dcgan_paper_20", "DCGAN's recipe after 512,000 images")
     for name, (seed, colour) in LONG.items():
@@ -154,7 +154,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     groups = [CHANGES, PARTS]
     heights = [len(changes) for changes in groups]
-    figure = Figure((9.6, 0.158 * sum(heights) + 0.75), layout="constrained", dpi=80)
+    figure = Figure((9.6, 0.152 * sum(heights) + 0.75), layout="constrained", dpi=80)
     panels = figure.subplots(
         2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
     )
