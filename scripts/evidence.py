@@ -60,7 +60,8 @@ RECIPES["without_pace"] = CONVERGED.but(**plain)
 RECIPES["without_wide_d"] = CONVERGED.but(d_wider=1)
 RECIPES["without_cspup"] = CONVERGED.but(generator="dcgan")
 RECIPES["path_2_without_he"] = RECIPES["path_2_penalties"].but(init="dcgan")
-for name in ("converged", "dcgan", "dcgan_paper", *list(cs.PRESETS)[2:5]):
+longer = ("converged", "dcgan", "dcgan_paper", "h1_bn_leaky", "h2_l2_big_batch", "h3_smooth_tanh")
+for name in longer:
     RECIPES[f"{name}_20"] = cs.PRESETS[name].but(epochs=20)
 
 # Is a wide D better because it is wide? `adam` divides both networks' rates by G's width, so a D
