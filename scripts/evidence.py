@@ -63,6 +63,9 @@ RECIPES["path_2_without_he"] = RECIPES["path_2_penalties"].but(init="dcgan")
 longer = ("converged", "dcgan", "dcgan_paper", "h1_bn_leaky", "h2_l2_big_batch", "h3_smooth_tanh")
 for name in longer:
     RECIPES[f"{name}_20"] = cs.PRESETS[name].but(epochs=20)
+for name in ("h1_bn_leaky", "h2_l2_big_batch", "h3_smooth_tanh"):  # five epochs of CelebA
+    RECIPES[f"{name}_40"] = cs.PRESETS[name].but(epochs=40)
+RECIPES["h0_more_epochs_80"] = cs.PRESETS["h0_more_epochs"].but(epochs=80)
 
 # Is a wide D better because it is wide? `adam` divides both networks' rates by G's width, so a D
 # twice as wide learns twice as fast as the width rule would have it. And which part of the pace?
