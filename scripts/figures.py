@@ -36,10 +36,10 @@ PATH = {  # a row each, and what it changes
     "path_5_ema": "+ a running mean of G",
     "converged": "+ pairs, mirrored faces: converged",
 }
-LONG = {  # runs of 512,000 images: a seed of which slopes are on file, and a colour
-    "h1_bn_leaky_20": (0, "C1"),
-    "h2_l2_big_batch_20": (0, "C4"),
-    "h3_smooth_tanh_20": (0, "C2"),
+LONG = {  # runs of 512,000 or 1,024,000 images: a seed with slopes on file, and a colour
+    "h1_bn_leaky_40": (1, "C1"),
+    "h2_l2_big_batch_40": (1, "C4"),
+    "h3_smooth_tanh_40": (1, "C2"),
     "dcgan_paper_20": (0, "C0"),
     "converged_20": (1, "C3"),
 }
@@ -87,9 +87,9 @@ def draw_faces():
     Image.fromarray(grid.numpy()).save(FIGURES / "faces.jpg", quality=92)
 
 
-def draw_samples(ax, name, words):
+def draw_samples(ax, name, words, seed=0):
     """Six samples of a run on file, with words above them."""
-    picture = Image.open(RESULTS / "runs" / name / "seed0" / "samples.png")
+    picture = Image.open(RESULTS / "runs" / name / f"seed{seed}" / "samples.png")
     expected = "expected 768 pixels, as scripts/evidence.py files them"
     cs.check(picture.width == 768, f"{picture.filename} is {picture.width} wide: {expected}")
     ax.imshow(np.asarray(picture.convert("RGB"))[:64, : 6 * 64])
@@ -132,7 +132,7 @@ def draw_time():
     """Samples of two long runs; below them the slope of D over the images seen."""
     figure = Figure((9, 4.5), layout="constrained", dpi=60)
     top, bottom, chart = figure.subplots(3, 1, height_ratios=(1.35, 1.35, 1.9))
-    draw_samples(top, "h3_smooth_tanh_20", "h3 after 512,000 images")
+    draw_samples(top, "h3_smooth_tanh_40", "h3 after 1,024,000 images", seed=1)
     draw_samples(bottom, "dcgan_paper_20", "DCGAN's recipe after 512,000 images")
     for name, (seed, colour) in LONG.items():
         path = RESULTS / "runs" / name / f"seed{seed}" / "history.json"
