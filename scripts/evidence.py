@@ -1,6 +1,6 @@
 """The runs behind the report: the path to `converged`, its parts, additions, claims; several seeds.
 
-    python scripts/evidence.py faces.zip              # all of them; about 70 hours of one CPU core
+    python scripts/evidence.py faces.zip              # all of them; about 95 hours of one CPU core
     python scripts/evidence.py faces.zip path_3_pace  # some of them
 
 At 64 px and width 128, with half the presets' batch and 25,600 images in an epoch. They train side

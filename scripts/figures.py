@@ -38,7 +38,7 @@ PATH = {  # a row each, and what it changes
 }
 LONG = {  # runs of 512,000 or 1,024,000 images: a seed with slopes on file, and a colour
     "h1_bn_leaky_40": (1, "C1"),
-    "h2_l2_big_batch_40": (1, "C4"),
+    "h2_l2_big_batch_20": (0, "C4"),
     "h3_smooth_tanh_40": (1, "C2"),
     "dcgan_paper_20": (0, "C0"),
     "converged_20": (1, "C3"),
@@ -108,8 +108,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.3 * len(PATH) + 2.3), layout="constrained", dpi=60)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.3] * len(PATH) + [2.3])
+    figure = Figure((9, 1.24 * len(PATH) + 2.2), layout="constrained", dpi=60)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.24] * len(PATH) + [2.2])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
@@ -130,7 +130,7 @@ def draw_path():
 
 def draw_time():
     """Samples of two long runs; below them the slope of D over the images seen."""
-    figure = Figure((9, 4.5), layout="constrained", dpi=60)
+    figure = Figure((9, 4.3), layout="constrained", dpi=60)
     top, bottom, chart = figure.subplots(3, 1, height_ratios=(1.35, 1.35, 1.9))
     draw_samples(top, "h3_smooth_tanh_40", "h3 after 1,024,000 images", seed=1)
     draw_samples(bottom, "dcgan_paper_20", "DCGAN's recipe after 512,000 images")
@@ -154,7 +154,7 @@ def draw_changes():
     table = json.loads((RESULTS / "table.json").read_text())
     groups = [CHANGES, PARTS]
     heights = [len(changes) for changes in groups]
-    figure = Figure((9.6, 0.152 * sum(heights) + 0.75), layout="constrained", dpi=80)
+    figure = Figure((9.6, 0.146 * sum(heights) + 0.75), layout="constrained", dpi=80)
     panels = figure.subplots(
         2, 2, sharex="col", sharey="row", width_ratios=(3, 2), height_ratios=heights
     )
