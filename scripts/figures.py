@@ -108,8 +108,8 @@ def draw_rows():
 def draw_path():
     """A row of samples for each step; below them SWD by scale, a point for each seed."""
     table = json.loads((RESULTS / "table.json").read_text())
-    figure = Figure((9, 1.24 * len(PATH) + 2.2), layout="constrained", dpi=60)
-    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.24] * len(PATH) + [2.2])
+    figure = Figure((9, 1.2 * len(PATH) + 2.2), layout="constrained", dpi=60)
+    *rows, chart = figure.subplots(len(PATH) + 1, 1, height_ratios=[1.2] * len(PATH) + [2.2])
     for k, (name, words) in enumerate(PATH.items()):
         draw_samples(rows[k], name, f"{k}  {words}")
         records = [record for record in table if record["preset"] == name]
