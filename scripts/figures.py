@@ -38,7 +38,7 @@ PATH = {  # a row each, and what it changes
 }
 LONG = {  # runs of 512,000 or 1,024,000 images: a seed with slopes on file, and a colour
     "h1_bn_leaky_40": (1, "C1"),
-    "h2_l2_big_batch_20": (0, "C4"),
+    "h2_l2_big_batch_40": (1, "C4"),
     "h3_smooth_tanh_40": (1, "C2"),
     "dcgan_paper_20": (0, "C0"),
     "converged_20": (1, "C3"),
